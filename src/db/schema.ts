@@ -1,0 +1,428 @@
+import { type SQL, sql } from 'drizzle-orm';
+import {
+  bigint,
+  boolean,
+  check,
+  foreignKey,
+  index,
+  integer,
+  jsonb,
+  pgTable,
+  smallint,
+  text,
+  timestamp,
+  unique,
+  uniqueIndex,
+  uuid,
+} from 'drizzle-orm/pg-core';
+
+// Every table. Statuses are exported constants with their meaning, and the check constraints are made from them.
+// Times are timestamptz(3): the wire, cursors and JavaScript know milliseconds, so the rows must not know more.
+
+/** What a user may do: `user` sees and changes only its own, `admin` sees all. */
+export const USER_ROLES = ['user', 'admin'] as const;
+/** What an API key may do: `read` (GET), `write` (create and change), `agent` (register, claim, report). */
+export const API_KEY_SCOPES = ['read', 'write', 'agent'] as const;
+export const PROJECT_STATUSES = ['active', 'archived', 'deleted'] as const;
+
+export const TASK_STATUSES = [
+  'pending', // waiting: for its time, for an agent, or for somebody to run it
+  'running', // an agent is at it
+  'completed', // ran well and has no further time
+  'failed', // its last run ended badly and it has no further time
+  'disabled', // paused: nothing fires until it is resumed
+  'deleted', // soft-deleted
+] as const;
+/** In rising order: the place in this list is what the database stores and sorts by. */
+export const PRIORITIES = ['low', 'medium', 'high', 'critical'] as const;
+export const OVERLAP_POLICIES = [
+  'skip', // a tick that finds a run unfinished is recorded and not run
+  'queue_one', // at most one run waits behind the unfinished one
+  'queue_all', // every run waits its turn
+  'cancel_previous', // the unfinished run is cancelled, the new one follows it
+  'allow', // runs side by side
+] as const;
+export const MISFIRE_POLICIES = [
+  'skip', // a missed tick stays missed
+  'fire_last', // of the missed ticks the latest is run
+  'fire_all', // every missed tick is run, oldest first
+] as const;
+
+export const EXECUTION_STATUSES = [
+  'queued', // waiting for an agent, for its backoff, or for the run before it
+  'running', // leased to an agent
+  'success',
+  'failed', // the agent said so, or its lease was lost
+  'timeout', // longer than the task's timeout_seconds
+  'cancelled',
+] as const;
+export const EXECUTION_TRIGGERS = ['schedule', 'manual', 'retry', 'activity'] as const;
+/** Why a run did not succeed; null while it may, and when it did. */
+export const EXECUTION_CAUSES = ['agent_failed', 'lease_lost', 'run_timeout', 'cancelled'] as const;
+
+/** How a tick of a schedule ended: every one gets exactly one verdict. */
+export const VERDICTS = [
+  'fired', // on time
+  'late', // run after its time, since nobody was there to fire it
+  'coalesced', // missed, and covered by a later tick's run
+  'skipped_overlap', // an unfinished run was in the way
+  'skipped_misfire', // missed, and the policy says to leave it
+] as const;
+
+export const AGENT_TYPES = [
+  'coder',
+  'reviewer',
+  'tester',
+  'planner',
+  'researcher',
+  'api-designer',
+  'backend-dev',
+  'mobile-dev',
+  'ml-developer',
+  'system-architect',
+  'code-analyzer',
+  'hierarchical-coordinator',
+  'mesh-coordinator',
+  'adaptive-coordinator',
+  'custom',
+] as const;
+export const AGENT_STATUSES = [
+  'active', // alive, says nothing of its load
+  'idle', // alive, free
+  'busy', // holds at least one lease
+  'offline', // silent for too long, or said goodbye
+  'error', // says of itself that it cannot work
+] as const;
+
+export const AUDIT_OPERATIONS = ['CREATE', 'UPDATE', 'DELETE'] as const;
+export const EVENT_TOPICS = ['tasks', 'agents', 'calendar'] as const;
+
+const at = (name: string) => timestamp(name, { withTimezone: true, precision: 3, mode: 'date' });
+const id = () =>
+  bigint('id', { mode: 'number' }).primaryKey().generatedAlwaysAsIdentity({ maxValue: Number.MAX_SAFE_INTEGER });
+const reference = (name: string) => bigint(name, { mode: 'number' });
+const createdAt = () => at('created_at').notNull().defaultNow();
+const updatedAt = () => at('updated_at').notNull().defaultNow();
+const version = () => integer('version').notNull().default(1);
+const oneOf = (column: string, values: readonly string[]): SQL =>
+  sql.raw(`${column} in (${values.map((value) => `'${value}'`).join(', ')})`);
+
+export const users = pgTable(
+  'users',
+  {
+    id: id(),
+    /** Lower case: one address, one user. */
+    email: text('email').notNull(),
+    name: text('name'),
+    role: text('role', { enum: USER_ROLES }).notNull().default('user'),
+    /** Null for users who come with tokens of another issuer or only with API keys. */
+    passwordHash: text('password_hash'),
+    disabledAt: at('disabled_at'),
+    version: version(),
+    createdAt: createdAt(),
+    updatedAt: updatedAt(),
+  },
+  (t) => [uniqueIndex('users_email_key').on(t.email), check('users_role_check', oneOf('role', USER_ROLES))],
+);
+
+export const refreshTokens = pgTable(
+  'refresh_tokens',
+  {
+    id: id(),
+    userId: reference('user_id')
+      .notNull()
+      .references(() => users.id),
+    /** One family per login; access tokens carry it, so that ending the family ends them too. */
+    familyId: uuid('family_id').notNull(),
+    tokenHash: text('token_hash').notNull(),
+    expiresAt: at('expires_at').notNull(),
+    /** Set when it was exchanged for the next one; a second use after that is theft. */
+    spentAt: at('spent_at'),
+    revokedAt: at('revoked_at'),
+    createdAt: createdAt(),
+  },
+  (t) => [
+    uniqueIndex('refresh_tokens_hash_key').on(t.tokenHash),
+    index('refresh_tokens_family_idx').on(t.familyId),
+    index('refresh_tokens_user_idx').on(t.userId),
+    index('refresh_tokens_expiry_idx').on(t.expiresAt),
+  ],
+);
+
+export const apiKeys = pgTable(
+  'api_keys',
+  {
+    id: id(),
+    userId: reference('user_id')
+      .notNull()
+      .references(() => users.id),
+    name: text('name').notNull(),
+    /** The first characters, to recognise a key by. */
+    prefix: text('prefix').notNull(),
+    keyHash: text('key_hash').notNull(),
+    scopes: text('scopes', { enum: API_KEY_SCOPES }).array().notNull(),
+    expiresAt: at('expires_at'),
+    lastUsedAt: at('last_used_at'),
+    revokedAt: at('revoked_at'),
+    createdAt: createdAt(),
+  },
+  (t) => [
+    uniqueIndex('api_keys_hash_key').on(t.keyHash),
+    index('api_keys_user_idx').on(t.userId, t.id),
+    check('api_keys_scopes_check', sql.raw(`scopes <@ array['read','write','agent'] and cardinality(scopes) > 0`)),
+  ],
+);
+
+export const projects = pgTable(
+  'projects',
+  {
+    id: id(),
+    userId: reference('user_id')
+      .notNull()
+      .references(() => users.id),
+    name: text('name').notNull(),
+    description: text('description'),
+    status: text('status', { enum: PROJECT_STATUSES }).notNull().default('active'),
+    /** Kept true by whoever creates, moves or deletes a task, so that lists can sort by it. */
+    tasksCount: integer('tasks_count').notNull().default(0),
+    version: version(),
+    createdAt: createdAt(),
+    updatedAt: updatedAt(),
+  },
+  (t) => [
+    index('projects_owner_created_idx').on(t.userId, t.createdAt, t.id),
+    check('projects_status_check', oneOf('status', PROJECT_STATUSES)),
+    check('projects_tasks_count_check', sql`${t.tasksCount} >= 0`),
+  ],
+);
+
+export const agents = pgTable(
+  'agents',
+  {
+    id: id(),
+    userId: reference('user_id')
+      .notNull()
+      .references(() => users.id),
+    name: text('name').notNull(),
+    type: text('type', { enum: AGENT_TYPES }).notNull(),
+    capabilities: text('capabilities').array().notNull().default([]),
+    status: text('status', { enum: AGENT_STATUSES }).notNull().default('idle'),
+    /** Set by an admin: everybody sees it, and it runs everybody's tasks. */
+    shared: boolean('shared').notNull().default(false),
+    maxConcurrency: integer('max_concurrency').notNull().default(1),
+    lastActiveAt: at('last_active_at').notNull().defaultNow(),
+    deletedAt: at('deleted_at'),
+    version: version(),
+    createdAt: createdAt(),
+    updatedAt: updatedAt(),
+  },
+  (t) => [
+    uniqueIndex('agents_owner_name_key').on(t.userId, t.name).where(sql`deleted_at is null`),
+    index('agents_alive_idx').on(t.lastActiveAt).where(sql`deleted_at is null and status <> 'offline'`),
+    check('agents_type_check', oneOf('type', AGENT_TYPES)),
+    check('agents_status_check', oneOf('status', AGENT_STATUSES)),
+    check('agents_max_concurrency_check', sql`${t.maxConcurrency} between 1 and 1000`),
+  ],
+);
+
+export const tasks = pgTable(
+  'tasks',
+  {
+    id: id(),
+    userId: reference('user_id')
+      .notNull()
+      .references(() => users.id),
+    projectId: reference('project_id').references(() => projects.id),
+    name: text('name'),
+    skillName: text('skill_name').notNull(),
+    params: jsonb('params').$type<Record<string, unknown>>().notNull().default({}),
+    /** Place in PRIORITIES. */
+    priority: smallint('priority').notNull().default(1),
+    scheduleCron: text('schedule_cron'),
+    timezone: text('timezone').notNull().default('UTC'),
+    runAt: at('run_at'),
+    /** The next tick; null when nothing is due any more, or paused or deleted. The scheduler looks at this column alone. */
+    nextRunAt: at('next_run_at'),
+    lastRunAt: at('last_run_at'),
+    status: text('status', { enum: TASK_STATUSES }).notNull().default('pending'),
+    overlapPolicy: text('overlap_policy', { enum: OVERLAP_POLICIES }).notNull().default('skip'),
+    misfirePolicy: text('misfire_policy', { enum: MISFIRE_POLICIES }).notNull().default('fire_last'),
+    maxAttempts: integer('max_attempts').notNull().default(3),
+    retryBackoffSeconds: integer('retry_backoff_seconds').notNull().default(10),
+    timeoutSeconds: integer('timeout_seconds').notNull().default(3600),
+    agentId: reference('agent_id').references(() => agents.id),
+    requiredCapabilities: text('required_capabilities').array().notNull().default([]),
+    version: version(),
+    createdAt: createdAt(),
+    updatedAt: updatedAt(),
+  },
+  (t) => [
+    // Serves the scheduler: the due ones, soonest first.
+    index('tasks_due_idx').on(t.nextRunAt, t.id).where(sql`next_run_at is not null`),
+    // One for each order that lists offer, led by the owner; ties are broken by id.
+    index('tasks_owner_created_idx').on(t.userId, t.createdAt, t.id).where(sql`status <> 'deleted'`),
+    index('tasks_owner_updated_idx').on(t.userId, t.updatedAt, t.id).where(sql`status <> 'deleted'`),
+    index('tasks_owner_next_run_idx')
+      .on(t.userId, sql`coalesce(next_run_at, 'infinity'::timestamptz)`, t.id)
+      .where(sql`status <> 'deleted'`),
+    index('tasks_owner_status_idx').on(t.userId, t.status, t.id).where(sql`status <> 'deleted'`),
+    index('tasks_owner_priority_idx').on(t.userId, t.priority, t.id).where(sql`status <> 'deleted'`),
+    index('tasks_project_idx').on(t.projectId).where(sql`status <> 'deleted' and project_id is not null`),
+    check('tasks_status_check', oneOf('status', TASK_STATUSES)),
+    check('tasks_priority_check', sql.raw(`priority between 0 and ${PRIORITIES.length - 1}`)),
+    check('tasks_overlap_check', oneOf('overlap_policy', OVERLAP_POLICIES)),
+    check('tasks_misfire_check', oneOf('misfire_policy', MISFIRE_POLICIES)),
+    check('tasks_schedule_check', sql`schedule_cron is null or run_at is null`),
+    check('tasks_max_attempts_check', sql`${t.maxAttempts} between 1 and 20`),
+    check('tasks_armed_check', sql`next_run_at is null or status not in ('disabled', 'deleted')`),
+  ],
+);
+
+export const executions = pgTable(
+  'executions',
+  {
+    id: id(),
+    taskId: reference('task_id')
+      .notNull()
+      .references(() => tasks.id),
+    /** The task's owner, kept here so that lists, claims and events need no join. */
+    userId: reference('user_id').notNull(),
+    /** The agent that holds or held the lease. */
+    agentId: reference('agent_id').references(() => agents.id),
+    trigger: text('trigger', { enum: EXECUTION_TRIGGERS }).notNull(),
+    /** The tick it runs for; when it was asked for, if it was not a tick. */
+    scheduledFor: at('scheduled_for').notNull(),
+    attempt: integer('attempt').notNull().default(1),
+    /** The attempt before this one. */
+    retryOf: reference('retry_of'),
+    status: text('status', { enum: EXECUTION_STATUSES }).notNull().default('queued'),
+    cause: text('cause', { enum: EXECUTION_CAUSES }),
+    // What the run needs, as it was when it was asked for: a later change of the task does not change it.
+    skillName: text('skill_name').notNull(),
+    params: jsonb('params').$type<Record<string, unknown>>().notNull(),
+    priority: smallint('priority').notNull(),
+    timeoutSeconds: integer('timeout_seconds').notNull(),
+    pinnedAgentId: reference('pinned_agent_id'),
+    requiredCapabilities: text('required_capabilities').array().notNull().default([]),
+    /** From when an agent may take it; null while it waits for the run before it. */
+    availableAt: at('available_at'),
+    /** The fence: a new one at each claim, so a report on an older lease matches no row. */
+    leaseToken: uuid('lease_token'),
+    leaseExpiresAt: at('lease_expires_at'),
+    deadlineAt: at('deadline_at'),
+    cancelRequested: boolean('cancel_requested').notNull().default(false),
+    progress: jsonb('progress').$type<{ percent?: number; message?: string }>(),
+    startedAt: at('started_at'),
+    endedAt: at('ended_at'),
+    outputText: text('output_text'),
+    errorText: text('error_text'),
+    outputTruncated: boolean('output_truncated').notNull().default(false),
+    createdAt: createdAt(),
+  },
+  (t) => [
+    // Serve the claim: an owner's queue, everybody's queue, and one agent's leases.
+    index('executions_owner_queue_idx')
+      .on(t.userId, t.priority.desc(), t.availableAt, t.id)
+      .where(sql`status = 'queued'`),
+    index('executions_queue_idx').on(t.priority.desc(), t.availableAt, t.id).where(sql`status = 'queued'`),
+    index('executions_agent_running_idx').on(t.agentId).where(sql`status = 'running'`),
+    // Serves the reaper.
+    index('executions_lease_idx').on(t.leaseExpiresAt).where(sql`status = 'running'`),
+    // Serves overlap rules, pause, delete.
+    index('executions_task_open_idx').on(t.taskId, t.id).where(sql`status in ('queued', 'running')`),
+    index('executions_task_idx').on(t.taskId, t.createdAt, t.id),
+    index('executions_owner_created_idx').on(t.userId, t.createdAt, t.id),
+    // Serves retention.
+    index('executions_created_idx').on(t.createdAt),
+    check('executions_status_check', oneOf('status', EXECUTION_STATUSES)),
+    check('executions_trigger_check', oneOf('trigger', EXECUTION_TRIGGERS)),
+    check('executions_cause_check', oneOf('cause', EXECUTION_CAUSES)),
+    check(
+      'executions_lease_check',
+      sql`(status = 'running') = (lease_token is not null) and (status = 'running') = (lease_expires_at is not null)`,
+    ),
+    check('executions_end_check', sql`(status in ('queued', 'running')) = (ended_at is null)`),
+  ],
+);
+
+export const occurrences = pgTable(
+  'occurrences',
+  {
+    id: id(),
+    taskId: reference('task_id').notNull(),
+    userId: reference('user_id').notNull(),
+    scheduledFor: at('scheduled_for').notNull(),
+    verdict: text('verdict', { enum: VERDICTS }).notNull(),
+    executionId: reference('execution_id'),
+    /** The unfinished run that was in the way. */
+    blockedBy: reference('blocked_by'),
+    createdAt: createdAt(),
+  },
+  (t) => [
+    // What makes a double fire impossible, whoever schedules.
+    unique('occurrences_tick_key').on(t.taskId, t.scheduledFor),
+    index('occurrences_created_idx').on(t.createdAt),
+    check('occurrences_verdict_check', oneOf('verdict', VERDICTS)),
+    foreignKey({ name: 'occurrences_task_fk', columns: [t.taskId], foreignColumns: [tasks.id] }),
+  ],
+);
+
+export const auditLog = pgTable(
+  'audit_log',
+  {
+    id: id(),
+    /** Who did it. Null when Muster did. */
+    userId: reference('user_id'),
+    /** Whose thing it is: who may read the entry. */
+    ownerId: reference('owner_id').notNull(),
+    operation: text('operation', { enum: AUDIT_OPERATIONS }).notNull(),
+    entityType: text('entity_type').notNull(),
+    entityId: reference('entity_id').notNull(),
+    changedFields: jsonb('changed_fields').$type<Record<string, { old: unknown; new: unknown }>>().notNull(),
+    ipAddress: text('ip_address'),
+    userAgent: text('user_agent'),
+    requestId: text('request_id'),
+    createdAt: createdAt(),
+  },
+  (t) => [
+    index('audit_log_owner_idx').on(t.ownerId, t.id),
+    index('audit_log_entity_idx').on(t.entityType, t.entityId, t.id),
+    check('audit_log_operation_check', oneOf('operation', AUDIT_OPERATIONS)),
+  ],
+);
+
+const eventColumns = () => ({
+  /** Who may see it besides admins. */
+  userId: reference('user_id').notNull(),
+  /** True for what everybody may see: the doings of shared agents. */
+  shared: boolean('shared').notNull().default(false),
+  topic: text('topic', { enum: EVENT_TOPICS }).notNull(),
+  type: text('type').notNull(),
+  taskId: reference('task_id'),
+  projectId: reference('project_id'),
+  agentId: reference('agent_id'),
+  /** The wire's `data`, kept as the text that goes out. */
+  data: text('data').notNull(),
+  createdAt: createdAt(),
+});
+
+/** Events as they are written, in the transaction that caused them. Its ids are not commit order: see realtime/relay.ts. */
+export const eventOutbox = pgTable('event_outbox', { id: id(), ...eventColumns() }, () => [
+  check('event_outbox_topic_check', oneOf('topic', EVENT_TOPICS)),
+]);
+
+/** Events with their place in the one order, given by the relay. */
+export const events = pgTable(
+  'events',
+  {
+    eventId: bigint('event_id', { mode: 'number' })
+      .primaryKey()
+      .generatedAlwaysAsIdentity({ maxValue: Number.MAX_SAFE_INTEGER }),
+    ...eventColumns(),
+  },
+  (t) => [
+    index('events_owner_idx').on(t.userId, t.eventId),
+    index('events_created_idx').on(t.createdAt),
+    check('events_topic_check', oneOf('topic', EVENT_TOPICS)),
+  ],
+);

@@ -1,0 +1,69 @@
+import { eq, type SQL } from 'drizzle-orm';
+import type { PgColumn } from 'drizzle-orm/pg-core';
+import type { FastifyInstance } from 'fastify';
+import type { API_KEY_SCOPES, USER_ROLES } from '../db/schema.ts';
+import { notFound, Problem } from './problem.ts';
+
+// Who may do what, in one place. Each route names the rule it uses; a route without one does not start.
+
+export type Scope = (typeof API_KEY_SCOPES)[number];
+export type Role = (typeof USER_ROLES)[number];
+
+/** Whoever is behind a request, and what the audit log keeps of it. */
+export interface Actor {
+  userId: number;
+  role: Role;
+  /** What the credential allows; tokens of a login allow everything. */
+  scopes: readonly Scope[];
+  ip: string;
+  userAgent: string | null;
+  requestId: string;
+}
+
+/** A rule and, unless it is public, the scopes of which the credential needs one. */
+export type Access =
+  /** Everybody, without a credential. */
+  | { rule: 'public' }
+  /** Whoever is signed in; the route concerns the caller alone. */
+  | { rule: 'self'; scopes: readonly Scope[] }
+  /** The owner of the thing, or an admin; lists hold only what the caller owns. */
+  | { rule: 'owner'; scopes: readonly Scope[] }
+  /** Admins. */
+  | { rule: 'admin'; scopes: readonly Scope[] };
+
+declare module 'fastify' {
+  interface FastifyContextConfig {
+    access?: Access;
+  }
+}
+
+/** Whether `actor` may see and change what belongs to `ownerId`. */
+export function mayAccess(actor: Pick<Actor, 'userId' | 'role'>, ownerId: number): boolean {
+  return actor.role === 'admin' || actor.userId === ownerId;
+}
+
+/**
+ * The owner rule for one thing: answers the row, or throws 404 when there is none and 403 when it is somebody else's.
+ */
+export function requireAccess<T extends { userId: number }>(
+  actor: Pick<Actor, 'userId' | 'role'>,
+  row: T | undefined,
+  what: string,
+  id: number,
+): T {
+  if (row === undefined) throw notFound(what, id);
+  if (!mayAccess(actor, row.userId)) throw new Problem('forbidden', `The ${what} ${id} belongs to somebody else.`);
+  return row;
+}
+
+/** The owner rule for lists: a condition on the owner column, or undefined for admins, who see all. */
+export function ownedBy(actor: Pick<Actor, 'userId' | 'role'>, owner: PgColumn): SQL | undefined {
+  return actor.role === 'admin' ? undefined : eq(owner, actor.userId);
+}
+
+/** Makes every route of `app` declare its rule: one that does not stops the start. */
+export function requireAccessRules(app: FastifyInstance): void {
+  app.addHook('onRoute', (route) => {
+    if (!route.config?.access) throw new Error(`${String(route.method)} ${route.url} declares no access rule.`);
+  });
+}

@@ -1,0 +1,76 @@
+import type { FastifyInstance, FastifyRequest } from 'fastify';
+import type { Actor, Scope } from './access.ts';
+import { Problem } from './problem.ts';
+import type { RateLimits } from './rate-limit.ts';
+
+/** What a good credential says. */
+export interface Identity {
+  userId: number;
+  role: Actor['role'];
+  scopes: readonly Scope[];
+}
+
+/** Checks a bearer credential (a JWT or an API key); throws the 401 problem for every one that is not good. */
+export type VerifyCredential = (credential: string) => Promise<Identity>;
+
+declare module 'fastify' {
+  interface FastifyRequest {
+    /** Who calls. Reading it on a public route throws, since nobody was asked. */
+    readonly actor: Actor;
+    identity: Identity | null;
+  }
+}
+
+/** The 401 that RFC 6750 describes. */
+export function unauthorized(detail: string): Problem {
+  return new Problem('unauthorized', detail, { headers: { 'www-authenticate': 'Bearer realm="muster"' } });
+}
+
+/**
+ * The first thing a request meets: its credential is checked and its call counted, in that order but as one step, so that
+ * bad credentials are counted against the address they come from and guessing has a limit.
+ */
+export function authenticate(app: FastifyInstance, verify: VerifyCredential, limits: RateLimits): void {
+  app.decorateRequest('identity', null);
+  app.decorateRequest('actor', {
+    getter(this: FastifyRequest): Actor {
+      if (!this.identity) throw new Error(`${this.routeOptions.url} is public and has no actor.`);
+      return {
+        ...this.identity,
+        ip: this.ip,
+        userAgent: this.headers['user-agent']?.slice(0, 512) ?? null,
+        requestId: this.id,
+      };
+    },
+  });
+  app.addHook('onRequest', async (request, reply) => {
+    const access = request.routeOptions.config.access;
+    // The not-found handler has no rule: it is counted and answers everybody the same.
+    if (!access || access.rule === 'public') return limits.call.hit(request, reply);
+    // A guesser is turned away before its credential is looked at: it must not cost a query.
+    await limits.badCredential.peek(request, reply);
+    try {
+      request.identity = await verify(bearer(request));
+    } catch (error) {
+      if (error instanceof Problem && error.status === 401) await limits.badCredential.hit(request, reply);
+      throw error;
+    }
+    await limits.call.hit(request, reply);
+    const { scopes, role } = request.identity;
+    if (!access.scopes.some((scope) => scopes.includes(scope))) {
+      throw new Problem('forbidden', `This needs an API key with the scope ${access.scopes.join(' or ')}.`);
+    }
+    if (access.rule === 'admin' && role !== 'admin') throw new Problem('forbidden', 'Only admins may do this.');
+  });
+}
+
+function bearer(request: FastifyRequest): string {
+  const header = request.headers.authorization;
+  if (header === undefined) {
+    throw unauthorized('Send the header Authorization: Bearer <access token or API key>.');
+  }
+  const [, credential] = /^Bearer +([\w.~+/=-]{1,8192})$/i.exec(header) ?? [];
+  if (credential === undefined)
+    throw unauthorized('The header Authorization must be: Bearer <access token or API key>.');
+  return credential;
+}
