@@ -8,12 +8,18 @@ export interface Identity {
   userId: number;
   role: Actor['role'];
   scopes: readonly Scope[];
+  /** When the credential ends by itself; null when it does not. */
+  expiresAt: Date | null;
 }
 
 /** Checks a bearer credential (a JWT or an API key); throws the 401 problem for every one that is not good. */
 export type VerifyCredential = (credential: string) => Promise<Identity>;
 
 declare module 'fastify' {
+  interface FastifyContextConfig {
+    /** Where this route takes the credential from, if not from the Authorization header. */
+    credential?: (request: FastifyRequest) => string | undefined;
+  }
   interface FastifyRequest {
     /** Who calls. Reading it on a public route throws, since nobody was asked. */
     readonly actor: Actor;
@@ -36,7 +42,9 @@ export function authenticate(app: FastifyInstance, verify: VerifyCredential, lim
     getter(this: FastifyRequest): Actor {
       if (!this.identity) throw new Error(`${this.routeOptions.url} is public and has no actor.`);
       return {
-        ...this.identity,
+        userId: this.identity.userId,
+        role: this.identity.role,
+        scopes: this.identity.scopes,
         ip: this.ip,
         userAgent: this.headers['user-agent']?.slice(0, 512) ?? null,
         requestId: this.id,
@@ -50,7 +58,7 @@ export function authenticate(app: FastifyInstance, verify: VerifyCredential, lim
     // A guesser is turned away before its credential is looked at: it must not cost a query.
     await limits.badCredential.peek(request, reply);
     try {
-      request.identity = await verify(bearer(request));
+      request.identity = await verify(credentialOf(request));
     } catch (error) {
       if (error instanceof Problem && error.status === 401) await limits.badCredential.hit(request, reply);
       throw error;
@@ -64,7 +72,13 @@ export function authenticate(app: FastifyInstance, verify: VerifyCredential, lim
   });
 }
 
-function bearer(request: FastifyRequest): string {
+function credentialOf(request: FastifyRequest): string {
+  const { credential: extract } = request.routeOptions.config;
+  if (extract) {
+    const credential = extract(request);
+    if (credential === undefined) throw unauthorized('Send an access token or API key.');
+    return credential;
+  }
   const header = request.headers.authorization;
   if (header === undefined) {
     throw unauthorized('Send the header Authorization: Bearer <access token or API key>.');

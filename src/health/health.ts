@@ -1,0 +1,64 @@
+import type { Database } from '../db/database.ts';
+import type { Bus } from '../platform/bus.ts';
+
+const CHECK_TIMEOUT_MS = 1_000;
+const CACHE_MS = 1_000;
+
+type State = 'ok' | 'away' | 'disabled';
+
+export interface Health {
+  status: 'healthy' | 'degraded' | 'unhealthy';
+  database: State;
+  redis: State;
+  memory_mcp: State;
+  checks: Record<string, { status: State; took_ms: number }>;
+}
+
+/**
+ * Checks what the server stands on. Each check has a second, runs at most once a second however often it is asked for,
+ * and never throws: probing is cheap and cannot hang.
+ */
+export function createHealthChecks({ db, bus }: { db: Database; bus: Bus }): () => Promise<Health> {
+  let running: Promise<Health> | undefined;
+  let madeAt = Number.NEGATIVE_INFINITY;
+
+  const measure = async (check: () => Promise<unknown>): Promise<{ status: State; took_ms: number }> => {
+    const start = performance.now();
+    let timer: NodeJS.Timeout | undefined;
+    const timeout = new Promise((_, reject) => {
+      timer = setTimeout(() => reject(new Error('timeout')), CHECK_TIMEOUT_MS);
+    });
+    let status: State = 'ok';
+    try {
+      await Promise.race([check(), timeout]);
+    } catch {
+      status = 'away';
+    } finally {
+      clearTimeout(timer);
+    }
+    return { status, took_ms: Math.round(performance.now() - start) };
+  };
+
+  const look = async (): Promise<Health> => {
+    const database = await measure(() => db.query({ name: 'health', text: 'select 1' }));
+    const notifications = { status: bus.connected() ? ('ok' as const) : ('away' as const), took_ms: 0 };
+    const unhealthy = database.status === 'away';
+    const degraded = notifications.status === 'away';
+    return {
+      status: unhealthy ? 'unhealthy' : degraded ? 'degraded' : 'healthy',
+      database: database.status,
+      redis: 'disabled',
+      memory_mcp: 'disabled',
+      checks: { database, notifications },
+    };
+  };
+
+  return () => {
+    const now = performance.now();
+    if (!running || now - madeAt > CACHE_MS) {
+      madeAt = now;
+      running = look();
+    }
+    return running;
+  };
+}

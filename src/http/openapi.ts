@@ -1,0 +1,82 @@
+import swagger from '@fastify/swagger';
+import swaggerUi from '@fastify/swagger-ui';
+import type { FastifyInstance } from 'fastify';
+import type { OpenAPIV3_1 } from 'openapi-types';
+import { createJsonSchemaTransform } from 'fastify-type-provider-zod';
+import { PROBLEMS } from './problem.ts';
+import { simplifyNullable } from './validation.ts';
+
+const problemSchema: OpenAPIV3_1.SchemaObject = {
+  type: 'object',
+  description: 'A problem, RFC 9457.',
+  required: ['type', 'title', 'status', 'detail', 'instance', 'request_id'],
+  properties: {
+    type: { type: 'string', enum: Object.keys(PROBLEMS).map((kind) => `urn:muster:problem:${kind}`) },
+    title: { type: 'string' },
+    status: { type: 'integer' },
+    detail: { type: 'string', description: 'One sentence that says what to do.' },
+    instance: { type: 'string' },
+    request_id: { type: 'string' },
+    errors: {
+      type: 'array',
+      items: {
+        type: 'object',
+        required: ['path', 'message'],
+        properties: { path: { type: 'string' }, message: { type: 'string' } },
+      },
+    },
+  },
+};
+
+const transform = createJsonSchemaTransform({ zodToJsonConfig: { override: simplifyNullable } });
+
+/** Makes the OpenAPI 3.1 document from the routes that follow, and serves it and a page to try calls from. */
+export async function describeApi(app: FastifyInstance, version: string): Promise<void> {
+  await app.register(swagger, {
+    openapi: {
+      openapi: '3.1.0',
+      info: {
+        title: 'Muster',
+        version,
+        description: 'A control plane for AI agents: tasks on schedules, leased to agents, watched live.',
+      },
+      components: {
+        securitySchemes: {
+          bearer: { type: 'http', scheme: 'bearer', description: 'An access token or an API key.' },
+        },
+        schemas: { Problem: problemSchema },
+      },
+    },
+    transform: (route) => {
+      const { schema, url } = transform(route);
+      const access = route.route.config?.access;
+      const open = access?.rule === 'public';
+      return {
+        url,
+        schema: {
+          ...schema,
+          security: open ? [] : [{ bearer: [] }],
+          ...(access && !open ? { description: describeAccess(schema.description, access) } : {}),
+          response: {
+            ...(schema.response as object),
+            default: {
+              description: 'A problem.',
+              content: { 'application/problem+json': { schema: { $ref: '#/components/schemas/Problem' } } },
+            },
+          },
+        },
+      };
+    },
+  });
+  await app.register(swaggerUi, {
+    routePrefix: '/docs',
+    uiConfig: { persistAuthorization: false, tryItOutEnabled: true },
+    staticCSP: true,
+  });
+}
+
+function describeAccess(description: string | undefined, access: { rule: string; scopes: readonly string[] }): string {
+  const who = { self: 'whoever is signed in', owner: 'the owner or an admin', admin: 'admins' }[access.rule];
+  const rule = `For ${who}; an API key needs the scope \`${access.scopes.join('` or `')}\`.`;
+  return description ? `${description}\n\n${rule}` : rule;
+}

@@ -1,0 +1,90 @@
+import cors from '@fastify/cors';
+import helmet from '@fastify/helmet';
+import websocket from '@fastify/websocket';
+import { type FastifyBaseLogger, fastify } from 'fastify';
+import type { ZodTypeProvider } from 'fastify-type-provider-zod';
+import { credentials } from './auth/credentials.ts';
+import { authRoutes } from './auth/routes.ts';
+import { healthRoutes } from './health/routes.ts';
+import { requireAccessRules } from './http/access.ts';
+import type { App, Deps } from './http/app.ts';
+import { authenticate } from './http/authenticate.ts';
+import { createDrain, type Drain } from './http/drain.ts';
+import { handleErrors } from './http/error-handler.ts';
+import { describeApi } from './http/openapi.ts';
+import { rateLimits } from './http/rate-limit.ts';
+import { requestId } from './http/request-id.ts';
+import { validateWithZod } from './http/validation.ts';
+
+/** Builds the server: every plugin and every noun, in the order in which a request meets them. */
+export async function buildServer(
+  deps: Omit<Deps, 'limits'> & { jwtSecret: string | undefined; version: string },
+): Promise<{ app: App; drain: Drain }> {
+  const { config, logger, version } = deps;
+  const app = fastify({
+    loggerInstance: logger as FastifyBaseLogger,
+    disableRequestLogging: true, // One line a request, below, instead of two.
+    genReqId: requestId,
+    trustProxy: config.TRUST_PROXY.length > 0 ? config.TRUST_PROXY : false,
+    bodyLimit: config.BODY_LIMIT_BYTES,
+    return503OnClosing: false, // drain.ts answers what still arrives.
+    forceCloseConnections: false,
+    keepAliveTimeout: 5_000,
+    // Slow senders are cut: headers within 10 s, the whole request within 15 s. Answers may take longer (long polls).
+    requestTimeout: 15_000,
+    http: { headersTimeout: 10_000, connectionsCheckingInterval: 5_000, maxHeaderSize: 16_384 },
+    routerOptions: { ignoreTrailingSlash: true, maxParamLength: 128 },
+  }).withTypeProvider<ZodTypeProvider>();
+  // Node drops headers past the two-thousandth without a word, Authorization and X-Forwarded-For among them
+  // (CVE-2026-58044, not fixed in Node 20). Without a count, the size limit above refuses the request instead.
+  app.server.maxHeadersCount = 0;
+
+  handleErrors(app);
+  requireAccessRules(app);
+  validateWithZod(app);
+  logRequests(app);
+  const drain = createDrain(app);
+
+  await app.register(helmet, {
+    contentSecurityPolicy: { directives: { defaultSrc: ["'none'"], frameAncestors: ["'none'"] }, useDefaults: false },
+    hsts: config.NODE_ENV === 'production',
+  });
+  await app.register(cors, {
+    origin: config.CORS_ORIGINS.includes('*') ? '*' : config.CORS_ORIGINS,
+    methods: ['GET', 'POST', 'PUT', 'DELETE'],
+    exposedHeaders: [
+      'ETag',
+      'Location',
+      'Retry-After',
+      'X-Event-Cursor',
+      'X-Request-ID',
+      'RateLimit-Limit',
+      'RateLimit-Remaining',
+      'RateLimit-Reset',
+    ],
+    maxAge: 600,
+  });
+  const limits = await rateLimits(app, config);
+  const { verify } = await credentials(app, deps, deps.jwtSecret);
+  authenticate(app, verify, limits);
+  await describeApi(app, version);
+  await app.register(websocket, { options: { maxPayload: 65_536, perMessageDeflate: false } });
+
+  const all = { ...deps, limits, drain };
+  healthRoutes(app, all);
+  await app.register(
+    async (api: App) => {
+      authRoutes(api, all);
+    },
+    { prefix: '/api/v1' },
+  );
+  return { app, drain };
+}
+
+function logRequests(app: App): void {
+  app.addHook('onResponse', async (request, reply) => {
+    const entry = { req: request, status: reply.statusCode, ms: Math.round(reply.elapsedTime) };
+    if (request.routeOptions.config.limit === 'none') request.log.debug(entry, 'request');
+    else request.log.info(entry, 'request');
+  });
+}

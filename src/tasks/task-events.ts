@@ -1,0 +1,82 @@
+import type { tasks } from '../db/schema.ts';
+import { toTime } from '../http/validation.ts';
+import type { NewEvent } from '../realtime/events.ts';
+import type { TaskStatus } from './task-state.ts';
+
+export type Task = typeof tasks.$inferSelect;
+
+/** What every event of a task tells of it. */
+export type TaskFacts = Pick<Task, 'id' | 'userId' | 'projectId' | 'skillName' | 'status' | 'nextRunAt'>;
+
+/** How much of a run's output an event carries: its end, so that the envelope stays within 16 KiB. */
+const EVENT_OUTPUT_CHARACTERS = 2_048;
+
+/** The event that tells of a change of a task or of one of its runs; `task` is the state after it. */
+export function taskStatusUpdate(
+  task: TaskFacts,
+  change: {
+    previousStatus: TaskStatus | null;
+    executionId?: number;
+    executionStatus?: string;
+    agentId?: number | null;
+    progress?: { percent?: number | undefined; message?: string | undefined };
+    output?: string | null;
+    outputTruncated?: boolean;
+    error?: string | null;
+    durationMs?: number | null;
+  },
+): NewEvent {
+  const output = change.output ?? undefined;
+  const tail = output === undefined ? undefined : tailOf(output);
+  return {
+    type: 'task_status_update',
+    userId: task.userId,
+    taskId: task.id,
+    projectId: task.projectId,
+    agentId: change.agentId ?? null,
+    data: {
+      task_id: task.id,
+      project_id: task.projectId,
+      skill_name: task.skillName,
+      status: task.status,
+      previous_status: change.previousStatus,
+      execution_id: change.executionId,
+      execution_status: change.executionStatus,
+      agent_id: change.agentId ?? undefined,
+      progress: change.progress,
+      output: tail,
+      output_truncated: output === undefined ? undefined : change.outputTruncated || tail !== output,
+      error: change.error == null ? undefined : tailOf(change.error),
+      duration_ms: change.durationMs ?? undefined,
+      next_run_at: toTime(task.nextRunAt),
+    },
+  };
+}
+
+/** The event that tells calendars of a task's next time. */
+export function calendarEvent(
+  change: 'created' | 'updated' | 'deleted',
+  task: Pick<Task, 'id' | 'userId' | 'projectId' | 'name' | 'skillName' | 'timezone' | 'scheduleCron' | 'nextRunAt'>,
+): NewEvent {
+  return {
+    type: `calendar_event_${change}`,
+    userId: task.userId,
+    taskId: task.id,
+    projectId: task.projectId,
+    data: {
+      task_id: task.id,
+      title: task.name ?? task.skillName,
+      start_time: toTime(task.nextRunAt),
+      timezone: task.timezone,
+      schedule_cron: task.scheduleCron,
+      project_id: task.projectId,
+    },
+  };
+}
+
+/** The end of a text, cut between characters. */
+function tailOf(text: string): string {
+  return text.length <= EVENT_OUTPUT_CHARACTERS
+    ? text
+    : text.slice(-EVENT_OUTPUT_CHARACTERS).replace(/^[\udc00-\udfff]/, '');
+}
