@@ -80,6 +80,7 @@ CREATE TABLE "executions" (
 	"user_id" bigint NOT NULL,
 	"agent_id" bigint,
 	"trigger" text NOT NULL,
+	"occurrence_id" bigint,
 	"scheduled_for" timestamp (3) with time zone NOT NULL,
 	"attempt" integer DEFAULT 1 NOT NULL,
 	"retry_of" bigint,
@@ -116,7 +117,6 @@ CREATE TABLE "occurrences" (
 	"user_id" bigint NOT NULL,
 	"scheduled_for" timestamp (3) with time zone NOT NULL,
 	"verdict" text NOT NULL,
-	"execution_id" bigint,
 	"blocked_by" bigint,
 	"created_at" timestamp (3) with time zone DEFAULT now() NOT NULL,
 	CONSTRAINT "occurrences_tick_key" UNIQUE("task_id","scheduled_for"),
@@ -215,6 +215,7 @@ CREATE INDEX "events_created_idx" ON "events" USING btree ("created_at");--> sta
 CREATE INDEX "executions_owner_queue_idx" ON "executions" USING btree ("user_id","priority" DESC NULLS LAST,"available_at","id") WHERE status = 'queued';--> statement-breakpoint
 CREATE INDEX "executions_queue_idx" ON "executions" USING btree ("priority" DESC NULLS LAST,"available_at","id") WHERE status = 'queued';--> statement-breakpoint
 CREATE INDEX "executions_agent_running_idx" ON "executions" USING btree ("agent_id") WHERE status = 'running';--> statement-breakpoint
+CREATE INDEX "executions_available_idx" ON "executions" USING btree ("available_at") WHERE status = 'queued';--> statement-breakpoint
 CREATE INDEX "executions_lease_idx" ON "executions" USING btree ("lease_expires_at") WHERE status = 'running';--> statement-breakpoint
 CREATE INDEX "executions_task_open_idx" ON "executions" USING btree ("task_id","id") WHERE status in ('queued', 'running');--> statement-breakpoint
 CREATE INDEX "executions_task_idx" ON "executions" USING btree ("task_id","created_at","id");--> statement-breakpoint

@@ -290,6 +290,8 @@ export const executions = pgTable(
     /** The agent that holds or held the lease. */
     agentId: reference('agent_id').references(() => agents.id),
     trigger: text('trigger', { enum: EXECUTION_TRIGGERS }).notNull(),
+    /** The tick that fired it. */
+    occurrenceId: reference('occurrence_id'),
     /** The tick it runs for; when it was asked for, if it was not a tick. */
     scheduledFor: at('scheduled_for').notNull(),
     attempt: integer('attempt').notNull().default(1),
@@ -326,6 +328,10 @@ export const executions = pgTable(
       .where(sql`status = 'queued'`),
     index('executions_queue_idx').on(t.priority.desc(), t.availableAt, t.id).where(sql`status = 'queued'`),
     index('executions_agent_running_idx').on(t.agentId).where(sql`status = 'running'`),
+    // Serves the scheduler, which wakes agents when a retry's backoff is over.
+    index('executions_available_idx')
+      .on(t.availableAt)
+      .where(sql`status = 'queued'`),
     // Serves the reaper.
     index('executions_lease_idx').on(t.leaseExpiresAt).where(sql`status = 'running'`),
     // Serves overlap rules, pause, delete.
@@ -353,7 +359,6 @@ export const occurrences = pgTable(
     userId: reference('user_id').notNull(),
     scheduledFor: at('scheduled_for').notNull(),
     verdict: text('verdict', { enum: VERDICTS }).notNull(),
-    executionId: reference('execution_id'),
     /** The unfinished run that was in the way. */
     blockedBy: reference('blocked_by'),
     createdAt: createdAt(),

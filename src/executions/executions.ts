@@ -1,0 +1,358 @@
+import { and, desc, eq, getTableColumns, gte, lt, type SQL, sql } from 'drizzle-orm';
+import { agentActivity } from '../agents/agent-events.ts';
+import { findAgent, lockAgents } from '../agents/agents.ts';
+import { changedFields, recordAudit } from '../audit/record.ts';
+import type { Queryable, Tx } from '../db/database.ts';
+import { executions } from '../db/schema.ts';
+import { type Actor, mayAccess, ownedBy, requireAccess } from '../http/access.ts';
+import { type Page, type PageRequest, paginate } from '../http/pagination.ts';
+import { conflict, notFound, Problem } from '../http/problem.ts';
+import { emitEvents } from '../realtime/events.ts';
+import { lockTasks } from '../tasks/locked-tasks.ts';
+import { type Task, taskStatusUpdate } from '../tasks/task-events.ts';
+import { DEADLINE_GRACE_SECONDS } from './lease.ts';
+import { QUEUE_TOPIC, queueDetail } from './queue.ts';
+import { type Execution, MAX_OUTPUT_BYTES, PREVIEW_CHARACTERS } from './schemas.ts';
+import { settleEnd } from './settle.ts';
+
+/** A run without its output, but with the end of it: what lists read. */
+export type ExecutionRow = Omit<Execution, 'outputText'> & { outputPreview: string | null };
+
+const { outputText, ...columns } = getTableColumns(executions);
+const summaryColumns = {
+  ...columns,
+  outputPreview: sql<string | null>`right(${outputText}, ${sql.raw(String(PREVIEW_CHARACTERS))})`,
+};
+
+/** Queues a run that somebody asked for; it does not wait for other runs of the task. Tells of it and wakes agents. */
+export async function enqueueExecution(
+  tx: Tx,
+  task: Task,
+  input: { trigger: 'manual'; actor: Actor; params?: Record<string, unknown> | undefined },
+): Promise<Execution> {
+  const [run] = await tx.orm
+    .insert(executions)
+    .values({
+      taskId: task.id,
+      userId: task.userId,
+      trigger: input.trigger,
+      scheduledFor: sql`now()`,
+      skillName: task.skillName,
+      params: input.params ?? task.params,
+      priority: task.priority,
+      timeoutSeconds: task.timeoutSeconds,
+      pinnedAgentId: task.agentId,
+      requiredCapabilities: task.requiredCapabilities,
+      availableAt: sql`now()`,
+    })
+    .returning();
+  if (!run) throw new Error('The insert answered no row.');
+  await recordAudit(tx, input.actor, {
+    operation: 'CREATE',
+    entityType: 'execution',
+    entityId: run.id,
+    ownerId: run.userId,
+    changedFields: changedFields(null, {
+      taskId: run.taskId,
+      trigger: run.trigger,
+      params: run.params,
+      status: run.status,
+    }),
+  });
+  await emitEvents(tx, [
+    taskStatusUpdate(task, { previousStatus: task.status, executionId: run.id, executionStatus: run.status }),
+  ]);
+  tx.ring(QUEUE_TOPIC, queueDetail(run));
+  return run;
+}
+
+/**
+ * Cancels the queued runs of a task that the caller has locked, and answers how many. A run that an agent is taking at this
+ * moment counts as taken.
+ */
+export async function cancelQueuedExecutions(tx: Tx, actor: Actor | null, task: Task): Promise<number> {
+  const { rows } = await tx.query<{ id: number }>({
+    text: `
+      update executions set status = 'cancelled', cause = 'cancelled', ended_at = now() where id in (
+        select id from executions where task_id = $1 and status = 'queued' for update skip locked
+      ) returning id`,
+    values: [task.id],
+  });
+  for (const { id } of rows) {
+    await recordAudit(tx, actor, {
+      operation: 'UPDATE',
+      entityType: 'execution',
+      entityId: id,
+      ownerId: task.userId,
+      changedFields: { status: { old: 'queued', new: 'cancelled' } },
+    });
+  }
+  await emitEvents(
+    tx,
+    rows.map(({ id }) =>
+      taskStatusUpdate(task, { previousStatus: task.status, executionId: id, executionStatus: 'cancelled' }),
+    ),
+  );
+  return rows.length;
+}
+
+/** The newest runs of a task, for executionSummaryView. Served by executions_task_idx. */
+export async function recentExecutions(q: Queryable, taskId: number, limit: number): Promise<ExecutionRow[]> {
+  return q.orm
+    .select(summaryColumns)
+    .from(executions)
+    .where(eq(executions.taskId, taskId))
+    .orderBy(desc(executions.createdAt), desc(executions.id))
+    .limit(limit);
+}
+
+/** Whether an agent is at a run of the task. Served by executions_task_open_idx. */
+export async function hasRunningExecution(q: Queryable, taskId: number): Promise<boolean> {
+  const rows = await q.orm
+    .select({ id: executions.id })
+    .from(executions)
+    .where(and(eq(executions.taskId, taskId), eq(executions.status, 'running')))
+    .limit(1);
+  return rows.length > 0;
+}
+
+/** A page of the caller's runs, newest first unless asked otherwise. */
+export async function listExecutions(
+  q: Queryable,
+  actor: Actor,
+  query: PageRequest & {
+    sort_order?: 'asc' | 'desc' | undefined;
+    task_id?: number | undefined;
+    agent_id?: number | undefined;
+    status?: Execution['status'] | undefined;
+    from?: Date | undefined;
+    to?: Date | undefined;
+  },
+): Promise<Page<ExecutionRow>> {
+  const { sort_order: order = 'desc', task_id, agent_id, status, from, to } = query;
+  const filter = and(
+    ownedBy(actor, executions.userId),
+    task_id === undefined ? undefined : eq(executions.taskId, task_id),
+    agent_id === undefined ? undefined : eq(executions.agentId, agent_id),
+    status === undefined ? undefined : eq(executions.status, status),
+    from === undefined ? undefined : gte(executions.createdAt, from),
+    to === undefined ? undefined : lt(executions.createdAt, to),
+  );
+  return paginate({
+    page: query,
+    scope: ['executions', actor.userId, order, task_id, agent_id, status, from, to],
+    sort: { by: sql`${executions.createdAt}`, type: 'timestamptz' },
+    order,
+    id: sql`${executions.id}`,
+    filter,
+    select: async ({ where, orderBy, limit, offset, key }) => {
+      const rows = await q.orm
+        .select({ ...summaryColumns, key })
+        .from(executions)
+        .where(where)
+        .orderBy(...orderBy)
+        .limit(limit)
+        .offset(offset);
+      return rows.map(({ key: rowKey, ...row }) => ({ row, id: row.id, key: rowKey }));
+    },
+    count: (where: SQL | undefined) => q.orm.$count(executions, where),
+  });
+}
+
+/** One run with the whole of its output, by the owner rule. */
+export async function getExecution(q: Queryable, actor: Actor, id: number): Promise<Execution> {
+  await requireExecution(q, actor, id);
+  const [row] = await q.orm.select().from(executions).where(eq(executions.id, id));
+  if (!row) throw notFound('execution', id);
+  return row;
+}
+
+/**
+ * The owner rule for a run: it is its owner's, and that of the owner of the agent that holds it (a shared agent reports on
+ * runs of others). Answers what locks are needed for it.
+ */
+async function requireExecution(
+  q: Queryable,
+  actor: Actor,
+  id: number,
+): Promise<{ taskId: number; agentId: number | null }> {
+  const { rows } = await q.query<{
+    task_id: number;
+    agent_id: number | null;
+    user_id: number;
+    agent_owner: number | null;
+  }>({
+    name: 'execution-owner',
+    text: `
+      select e.task_id, e.agent_id, e.user_id, a.user_id as agent_owner
+      from executions e left join agents a on a.id = e.agent_id where e.id = $1`,
+    values: [id],
+  });
+  const [row] = rows;
+  if (!row) throw notFound('execution', id);
+  if (!mayAccess(actor, row.user_id) && !(row.agent_owner !== null && mayAccess(actor, row.agent_owner))) {
+    throw new Problem('forbidden', `The execution ${id} belongs to somebody else.`);
+  }
+  return { taskId: row.task_id, agentId: row.agent_id };
+}
+
+const staleLease = (id: number) =>
+  conflict(`The lease on execution ${id} is not yours any more: stop the work and claim again.`);
+
+/** Extends a lease and notes the progress; 409 when the lease is lost. Answers whether somebody wants the run cancelled. */
+export async function heartbeatExecution(
+  tx: Tx,
+  actor: Actor,
+  id: number,
+  beat: { leaseToken: string; progress?: Execution['progress'] | undefined; leaseSeconds: number },
+): Promise<{ cancelRequested: boolean; leaseExpiresAt: Date }> {
+  await requireExecution(tx, actor, id);
+  const { rows } = await tx.query<{
+    cancel_requested: boolean;
+    lease_expires_at: Date;
+    agent_id: number;
+    task_id: number;
+    user_id: number;
+    project_id: number | null;
+    skill_name: string;
+    task_status: Task['status'];
+    next_run_at: Date | null;
+  }>({
+    name: 'execution-heartbeat',
+    text: `
+      update executions e set
+        lease_expires_at = least(now() + $3::int * interval '1 second', e.deadline_at + $4::int * interval '1 second'),
+        progress = coalesce($5::jsonb, e.progress)
+      from tasks t
+      where e.id = $1 and e.lease_token = $2 and e.status = 'running' and t.id = e.task_id
+        and e.lease_expires_at > now()
+      returning e.cancel_requested, e.lease_expires_at, e.agent_id, e.task_id, e.user_id, t.project_id, e.skill_name,
+        t.status as task_status, t.next_run_at`,
+    values: [
+      id,
+      beat.leaseToken,
+      beat.leaseSeconds,
+      DEADLINE_GRACE_SECONDS,
+      beat.progress ? JSON.stringify(beat.progress) : null,
+    ],
+  });
+  const [run] = rows;
+  if (!run) throw staleLease(id);
+  if (beat.progress) {
+    await emitEvents(tx, [
+      taskStatusUpdate(
+        {
+          id: run.task_id,
+          userId: run.user_id,
+          projectId: run.project_id,
+          skillName: run.skill_name,
+          status: run.task_status,
+          nextRunAt: run.next_run_at,
+        },
+        {
+          previousStatus: run.task_status,
+          executionId: id,
+          executionStatus: 'running',
+          agentId: run.agent_id,
+          progress: beat.progress,
+        },
+      ),
+    ]);
+  }
+  return { cancelRequested: run.cancel_requested, leaseExpiresAt: run.lease_expires_at };
+}
+
+/**
+ * Ends a run as its agent reports it; 409 when the lease is lost, and then nothing changes. A failure after the deadline is
+ * a timeout, and one after a cancel was asked for is a cancel. What is too long of the output is cut from its start.
+ */
+export async function completeExecution(
+  tx: Tx,
+  actor: Actor,
+  id: number,
+  report: { leaseToken: string; status: 'success' | 'failed'; output?: string | undefined; error?: string | undefined },
+): Promise<Execution> {
+  const { taskId, agentId } = await requireExecution(tx, actor, id);
+  if (agentId !== null) await lockAgents(tx, [agentId]);
+  const task = (await lockTasks(tx, [taskId])).get(taskId);
+  const output = cut(report.output);
+  const error = cut(report.error);
+  const failed = report.status === 'failed';
+  const [run] = await tx.orm
+    .update(executions)
+    .set({
+      status: failed
+        ? sql`case when cancel_requested then 'cancelled' when deadline_at <= now() then 'timeout' else 'failed' end`
+        : 'success',
+      cause: failed
+        ? sql`case when cancel_requested then 'cancelled' when deadline_at <= now() then 'run_timeout' else 'agent_failed' end`
+        : null,
+      endedAt: sql`now()`,
+      leaseToken: null,
+      leaseExpiresAt: null,
+      outputText: output?.text ?? null,
+      errorText: error?.text ?? null,
+      outputTruncated: (output?.truncated ?? false) || (error?.truncated ?? false),
+    })
+    .where(and(eq(executions.id, id), eq(executions.leaseToken, report.leaseToken), eq(executions.status, 'running')))
+    .returning();
+  if (!run || !task) throw staleLease(id);
+  await recordAudit(tx, actor, {
+    operation: 'UPDATE',
+    entityType: 'execution',
+    entityId: id,
+    ownerId: run.userId,
+    changedFields: changedFields({ status: 'running' }, { status: run.status, cause: run.cause }),
+  });
+  await settleEnd(tx, task, run);
+  return run;
+}
+
+/** The end of a text, at most MAX_OUTPUT_BYTES of UTF-8, cut between characters. */
+function cut(text: string | undefined): { text: string; truncated: boolean } | undefined {
+  if (text === undefined) return undefined;
+  const bytes = Buffer.from(text, 'utf8');
+  if (bytes.length <= MAX_OUTPUT_BYTES) return { text, truncated: false };
+  let start = bytes.length - MAX_OUTPUT_BYTES;
+  while (((bytes[start] ?? 0) & 0b1100_0000) === 0b1000_0000) start++;
+  return { text: bytes.toString('utf8', start), truncated: true };
+}
+
+/**
+ * Cancels a run: a queued one at once; a running one is asked to stop at its next heartbeat and ended when its lease is
+ * over. Cancelling a cancelled run, or asking twice, changes nothing; any other end is a 409.
+ */
+export async function cancelExecution(tx: Tx, actor: Actor, id: number): Promise<Execution> {
+  const [found] = await tx.orm.select().from(executions).where(eq(executions.id, id)).for('update');
+  // The owner alone: who runs the work for others may not cancel it.
+  const run = requireAccess(actor, found, 'execution', id);
+  if (run.status === 'cancelled' || (run.status === 'running' && run.cancelRequested)) return run;
+  if (run.status !== 'queued' && run.status !== 'running') {
+    throw conflict(`The execution ${id} has ended (${run.status}): there is nothing to cancel.`);
+  }
+  const queued = run.status === 'queued';
+  const [after] = await tx.orm
+    .update(executions)
+    .set(queued ? { status: 'cancelled', cause: 'cancelled', endedAt: sql`now()` } : { cancelRequested: true })
+    .where(eq(executions.id, id))
+    .returning();
+  if (!after) throw notFound('execution', id);
+  await recordAudit(tx, actor, {
+    operation: 'UPDATE',
+    entityType: 'execution',
+    entityId: id,
+    ownerId: run.userId,
+    changedFields: queued
+      ? { status: { old: 'queued', new: 'cancelled' } }
+      : { cancel_requested: { old: false, new: true } },
+  });
+  if (queued) {
+    const task = (await lockTasks(tx, [run.taskId])).get(run.taskId);
+    if (task) await settleEnd(tx, task, after);
+  } else if (run.agentId !== null) {
+    const agent = await findAgent(tx, run.agentId);
+    if (agent)
+      await emitEvents(tx, [agentActivity(agent, 'cancel_requested', { taskId: run.taskId, executionId: id })]);
+  }
+  return after;
+}

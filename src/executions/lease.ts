@@ -1,0 +1,195 @@
+import { agentActivity } from '../agents/agent-events.ts';
+import { type Agent, lockAgents } from '../agents/agents.ts';
+import type { Tx } from '../db/database.ts';
+import { emitEvents } from '../realtime/events.ts';
+import { lockTasks } from '../tasks/locked-tasks.ts';
+import { taskStatusUpdate } from '../tasks/task-events.ts';
+import type { TaskStatus } from '../tasks/task-state.ts';
+import { QUEUE_TOPIC, queueDetail } from './queue.ts';
+import { settleAgentOf, settleTask } from './settle.ts';
+
+// Leases.
+//
+// A claim gives an agent a run until `lease_expires_at`, under a fencing token made for this one claim. Heartbeats move
+// the end; when it passes, the reaper (scheduler/reaper.ts) takes the run back. Whatever an agent says of a run is one
+// UPDATE that asks for `status = 'running'` and its token: who lost the lease matches no row and changes nothing.
+// A lease never outlasts the run's deadline by more than a grace, in which the agent may still say that it ran out of time.
+//
+// Locks are taken in one order everywhere, agent → task → run, and the rows of one kind by rising id. The exception is the
+// claim, which holds queued runs when it comes to their tasks; whoever else wants queued runs takes them with SKIP LOCKED.
+
+/** How long after its deadline an agent may still report. */
+export const DEADLINE_GRACE_SECONDS = 10;
+
+export interface Claimed {
+  executionId: number;
+  taskId: number;
+  skillName: string;
+  params: Record<string, unknown>;
+  attempt: number;
+  scheduledFor: Date;
+  leaseToken: string;
+  leaseExpiresAt: Date;
+  timeoutSeconds: number;
+}
+
+interface ClaimedRow {
+  id: number;
+  task_id: number;
+  user_id: number;
+  skill_name: string;
+  params: Record<string, unknown>;
+  attempt: number;
+  scheduled_for: Date;
+  lease_token: string;
+  lease_expires_at: Date;
+  timeout_seconds: number;
+  project_id: number | null;
+  next_run_at: Date | null;
+  previous_status: TaskStatus;
+  task_status: TaskStatus;
+}
+
+/**
+ * What an agent may take: queued, due, of its owner (any owner's, for shared agents), of a skill it asks for, not pinned to
+ * another agent, and asking for no capability that it lacks. Highest priority first, then whoever waits longest.
+ * Served by executions_owner_queue_idx, or executions_queue_idx for shared agents. A millisecond of slack, since
+ * timestamptz(3) rounds up.
+ */
+const claimStatement = (shared: boolean) => ({
+  name: shared ? 'claim-shared' : 'claim-own',
+  text: `
+    with free as (
+      select greatest(0, $4::int - count(*))::int as slots from executions where agent_id = $1 and status = 'running'
+    ), picked as (
+      select e.id from executions e
+      where e.status = 'queued' and e.available_at <= now() + interval '1 millisecond'
+        ${shared ? 'and $2::bigint is not null' : 'and e.user_id = $2'}
+        and ($5::text[] is null or e.skill_name = any($5))
+        and (e.pinned_agent_id is null or e.pinned_agent_id = $1)
+        and e.required_capabilities <@ $6::text[]
+      order by e.priority desc, e.available_at, e.id
+      limit least($3::int, (select slots from free))
+      for update skip locked
+    ), taken as (
+      update executions e set
+        status = 'running', agent_id = $1, lease_token = gen_random_uuid(), started_at = now(),
+        deadline_at = now() + e.timeout_seconds * interval '1 second',
+        lease_expires_at = now() + least($7::int, e.timeout_seconds + $8::int) * interval '1 second'
+      from picked where e.id = picked.id
+      returning e.*
+    ), locked as (
+      select t.id, t.status, t.project_id, t.next_run_at from tasks t
+      where t.id in (select task_id from taken) order by t.id for no key update
+    ), started as (
+      update tasks t set
+        last_run_at = now(),
+        status = case when locked.status in ('pending', 'completed', 'failed') then 'running' else locked.status end
+      from locked where t.id = locked.id
+      returning t.id, t.status as task_status, locked.status as previous_status, t.project_id, t.next_run_at
+    )
+    select taken.id, taken.task_id, taken.user_id, taken.skill_name, taken.params, taken.attempt, taken.scheduled_for,
+      taken.lease_token, taken.lease_expires_at, taken.timeout_seconds,
+      started.project_id, started.next_run_at, started.previous_status, started.task_status
+    from taken join started on started.id = taken.task_id
+    order by taken.priority desc, taken.available_at, taken.id`,
+});
+const CLAIM_OWN = claimStatement(false);
+const CLAIM_SHARED = claimStatement(true);
+
+/** Locks the agent for a claim: claims of one agent take turns, so that none sees too many free slots. */
+const LOCK_AGENT = {
+  name: 'claim-lock-agent',
+  text: 'select status from agents where id = $1 and deleted_at is null for no key update',
+};
+
+/** Leases up to `max` runs to `agent`, as many as its max_concurrency leaves free; none when there are none. */
+export async function claimExecutions(
+  tx: Tx,
+  agent: Agent,
+  wish: { max: number; skills?: readonly string[] | undefined; leaseSeconds: number },
+): Promise<Claimed[]> {
+  const locked = await tx.query<{ status: Agent['status'] }>({ ...LOCK_AGENT, values: [agent.id] });
+  const before = locked.rows[0]?.status;
+  if (before === undefined) return [];
+  const { rows } = await tx.query<ClaimedRow>({
+    ...(agent.shared ? CLAIM_SHARED : CLAIM_OWN),
+    values: [
+      agent.id,
+      agent.userId,
+      wish.max,
+      agent.maxConcurrency,
+      wish.skills ?? null,
+      agent.capabilities,
+      wish.leaseSeconds,
+      DEADLINE_GRACE_SECONDS,
+    ],
+  });
+  if (rows.length === 0) return [];
+  await tx.query({
+    name: 'claim-agent-busy',
+    text: `update agents set status = 'busy', last_active_at = now() where id = $1`,
+    values: [agent.id],
+  });
+  await emitEvents(
+    tx,
+    rows.flatMap((row) => [
+      taskStatusUpdate(
+        {
+          id: row.task_id,
+          userId: row.user_id,
+          projectId: row.project_id,
+          skillName: row.skill_name,
+          status: row.task_status,
+          nextRunAt: row.next_run_at,
+        },
+        {
+          previousStatus: row.previous_status,
+          executionId: row.id,
+          executionStatus: 'running',
+          agentId: agent.id,
+        },
+      ),
+      agentActivity({ ...agent, status: 'busy' }, 'claimed', { taskId: row.task_id, executionId: row.id }),
+    ]),
+  );
+  return rows.map((row) => ({
+    executionId: row.id,
+    taskId: row.task_id,
+    skillName: row.skill_name,
+    params: row.params,
+    attempt: row.attempt,
+    scheduledFor: row.scheduled_for,
+    leaseToken: row.lease_token,
+    leaseExpiresAt: row.lease_expires_at,
+    timeoutSeconds: row.timeout_seconds,
+  }));
+}
+
+/**
+ * Gives back runs that were claimed for a caller who had gone before the answer reached it: queued again at once, as if
+ * never taken, instead of waiting a whole lease.
+ */
+export async function returnClaims(tx: Tx, agent: Agent, claimed: readonly Claimed[]): Promise<void> {
+  await lockAgents(tx, [agent.id]);
+  const tasks = await lockTasks(
+    tx,
+    claimed.map((run) => run.taskId),
+  );
+  const { rows } = await tx.query<{ id: number; task_id: number; user_id: number; skill_name: string }>({
+    text: `
+      update executions e set status = 'queued', agent_id = null, lease_token = null, lease_expires_at = null,
+        started_at = null, deadline_at = null
+      from unnest($1::bigint[], $2::uuid[]) as c(id, token)
+      where e.id = c.id and e.lease_token = c.token and e.status = 'running'
+      returning e.id, e.task_id, e.user_id, e.skill_name`,
+    values: [claimed.map((run) => run.executionId), claimed.map((run) => run.leaseToken)],
+  });
+  for (const row of rows) {
+    const task = tasks.get(row.task_id);
+    if (!task) continue;
+    await settleTask(tx, task, { id: row.id, status: 'queued' }, { agentId: null });
+    tx.ring(QUEUE_TOPIC, queueDetail({ userId: row.user_id, skillName: row.skill_name }));
+  }
+  await settleAgentOf(tx, agent.id, 'returned', {});
+}
