@@ -3,8 +3,10 @@ import helmet from '@fastify/helmet';
 import websocket from '@fastify/websocket';
 import { type FastifyBaseLogger, fastify } from 'fastify';
 import type { ZodTypeProvider } from 'fastify-type-provider-zod';
+import { agentRoutes } from './agents/routes.ts';
 import { credentials } from './auth/credentials.ts';
 import { authRoutes } from './auth/routes.ts';
+import { executionRoutes } from './executions/routes.ts';
 import { healthRoutes } from './health/routes.ts';
 import { requireAccessRules } from './http/access.ts';
 import type { App, Deps } from './http/app.ts';
@@ -15,10 +17,13 @@ import { describeApi } from './http/openapi.ts';
 import { rateLimits } from './http/rate-limit.ts';
 import { requestId } from './http/request-id.ts';
 import { validateWithZod } from './http/validation.ts';
+import type { Feed } from './realtime/feed.ts';
+import { realtimeRoutes } from './realtime/routes.ts';
+import { taskRoutes } from './tasks/routes.ts';
 
 /** Builds the server: every plugin and every noun, in the order in which a request meets them. */
 export async function buildServer(
-  deps: Omit<Deps, 'limits'> & { jwtSecret: string | undefined; version: string },
+  deps: Omit<Deps, 'limits'> & { jwtSecret: string | undefined; version: string; feed: Feed },
 ): Promise<{ app: App; drain: Drain }> {
   const { config, logger, version } = deps;
   const app = fastify({
@@ -72,9 +77,13 @@ export async function buildServer(
 
   const all = { ...deps, limits, drain };
   healthRoutes(app, all);
+  realtimeRoutes(app, all);
   await app.register(
     async (api: App) => {
       authRoutes(api, all);
+      taskRoutes(api, all);
+      executionRoutes(api, all);
+      agentRoutes(api, all);
     },
     { prefix: '/api/v1' },
   );

@@ -9,7 +9,7 @@ import { type Page, type PageRequest, paginate } from '../http/pagination.ts';
 import { conflict, notFound, Problem } from '../http/problem.ts';
 import { emitEvents } from '../realtime/events.ts';
 import { lockTasks } from '../tasks/locked-tasks.ts';
-import { type Task, taskStatusUpdate } from '../tasks/task-events.ts';
+import { type Task, type TaskFacts, taskStatusUpdate } from '../tasks/task-events.ts';
 import { DEADLINE_GRACE_SECONDS } from './lease.ts';
 import { QUEUE_TOPIC, queueDetail } from './queue.ts';
 import { type Execution, MAX_OUTPUT_BYTES, PREVIEW_CHARACTERS } from './schemas.ts';
@@ -70,7 +70,7 @@ export async function enqueueExecution(
  * Cancels the queued runs of a task that the caller has locked, and answers how many. A run that an agent is taking at this
  * moment counts as taken.
  */
-export async function cancelQueuedExecutions(tx: Tx, actor: Actor | null, task: Task): Promise<number> {
+export async function cancelQueuedExecutions(tx: Tx, actor: Actor | null, task: TaskFacts): Promise<number> {
   const { rows } = await tx.query<{ id: number }>({
     text: `
       update executions set status = 'cancelled', cause = 'cancelled', ended_at = now() where id in (
@@ -94,6 +94,16 @@ export async function cancelQueuedExecutions(tx: Tx, actor: Actor | null, task: 
     ),
   );
   return rows.length;
+}
+
+/** Cancels the queued runs of a task that the caller has locked, and asks its running ones to stop. */
+export async function cancelOpenExecutions(tx: Tx, actor: Actor | null, task: TaskFacts): Promise<void> {
+  await cancelQueuedExecutions(tx, actor, task);
+  // Those that an agent took at this moment are still queued in this transaction's eyes.
+  await tx.query({
+    text: `update executions set cancel_requested = true where task_id = $1 and status in ('queued', 'running')`,
+    values: [task.id],
+  });
 }
 
 /** The newest runs of a task, for executionSummaryView. Served by executions_task_idx. */

@@ -6,6 +6,9 @@ import type { Bus } from '../platform/bus.ts';
 /** The bus topic that is rung when runs become available; its detail is made by `queueDetail`. */
 export const QUEUE_TOPIC = 'queue';
 
+/** The bus topic that is rung when a retry was queued that is due later. */
+export const RETRY_TOPIC = 'retry';
+
 const LOOK_ANYWAY_MS = 2_000;
 
 /** Whose queue got a run, and for which skill. */

@@ -7,7 +7,7 @@ import { retryDelayMs } from '../schedule/backoff.ts';
 import { setTaskStatus } from '../tasks/locked-tasks.ts';
 import { type Task, taskStatusUpdate } from '../tasks/task-events.ts';
 import { taskTransition } from '../tasks/task-state.ts';
-import { QUEUE_TOPIC, queueDetail } from './queue.ts';
+import { QUEUE_TOPIC, queueDetail, RETRY_TOPIC } from './queue.ts';
 import { durationMs, type Execution } from './schemas.ts';
 
 // What follows from the end of a run, the same whether the agent reported it, the reaper took it back, or somebody
@@ -73,6 +73,7 @@ async function queueRetry(tx: Tx, task: Task, run: Execution): Promise<Execution
     })
     .returning();
   if (delayMs === 0) tx.ring(QUEUE_TOPIC, queueDetail(run));
+  else tx.ring(RETRY_TOPIC);
   return retry;
 }
 

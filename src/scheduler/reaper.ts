@@ -1,0 +1,63 @@
+import { and, asc, eq, inArray, lt, sql } from 'drizzle-orm';
+import { lockAgents } from '../agents/agents.ts';
+import type { Database } from '../db/database.ts';
+import { executions } from '../db/schema.ts';
+import { settleEnd } from '../executions/settle.ts';
+import { lockTasks } from '../tasks/locked-tasks.ts';
+
+const BATCH = 100;
+
+/**
+ * Takes back the runs whose lease is over, a batch at a time, and settles each as the end it is: cancelled when that was
+ * asked for, a timeout when its deadline has passed, else a lost lease. It touches only rows that are `running` with a
+ * lease that is over at the moment of the update, so queued runs, ended ones, and ones whose agent got through just now
+ * stay as they are. Any number of processes may reap at once. Answers how many it took.
+ */
+export async function reapLeases(db: Database): Promise<number> {
+  return db.transaction(async (tx) => {
+    // Found without locks, since locks go agent → task → run (executions/lease.ts) and this starts from the run.
+    const found = await tx.orm
+      .select({ id: executions.id, taskId: executions.taskId, agentId: executions.agentId })
+      .from(executions)
+      .where(and(eq(executions.status, 'running'), lt(executions.leaseExpiresAt, sql`now()`)))
+      .orderBy(asc(executions.leaseExpiresAt))
+      .limit(BATCH);
+    if (found.length === 0) return 0;
+    await lockAgents(
+      tx,
+      found.flatMap(({ agentId }) => agentId ?? []),
+    );
+    const tasks = await lockTasks(
+      tx,
+      found.map(({ taskId }) => taskId),
+    );
+    const lost = await tx.orm
+      .update(executions)
+      .set({
+        status: sql`case when cancel_requested then 'cancelled' when deadline_at <= now() then 'timeout' else 'failed' end`,
+        cause: sql`case when cancel_requested then 'cancelled' when deadline_at <= now() then 'run_timeout' else 'lease_lost' end`,
+        errorText: sql`case when cancel_requested then 'Cancelled; the agent did not confirm it before its lease was over.'
+          when deadline_at <= now() then 'Not finished within ' || timeout_seconds || ' s.'
+          else 'The agent was not heard of until its lease was over.' end`,
+        endedAt: sql`now()`,
+        leaseToken: null,
+        leaseExpiresAt: null,
+      })
+      .where(
+        and(
+          inArray(
+            executions.id,
+            found.map(({ id }) => id),
+          ),
+          eq(executions.status, 'running'),
+          lt(executions.leaseExpiresAt, sql`now()`),
+        ),
+      )
+      .returning();
+    for (const run of lost) {
+      const task = tasks.get(run.taskId);
+      if (task) await settleEnd(tx, task, run);
+    }
+    return lost.length;
+  });
+}

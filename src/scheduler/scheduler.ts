@@ -1,0 +1,117 @@
+import { markSilentAgents } from '../agents/agents.ts';
+import type { Config } from '../config.ts';
+import type { Database } from '../db/database.ts';
+import { QUEUE_TOPIC, queueDetail, RETRY_TOPIC } from '../executions/queue.ts';
+import { isDatabaseAway } from '../http/problem.ts';
+import type { Bus } from '../platform/bus.ts';
+import type { Logger } from '../platform/logger.ts';
+import { startLoop } from '../platform/loop.ts';
+import { fireDue } from './fire.ts';
+import { reapLeases } from './reaper.ts';
+
+// The loops that make things happen without anybody asking. Every process runs them; the work is shared by row locks, so
+// there is no leader to lose. Each loop sleeps until there is something to do: until the next tick, or the end of a
+// backoff, as the database's clock has it; and is woken when an earlier one comes up.
+
+/** The bus topic that is rung when a task gets a next time; its detail is that time (RFC 3339). */
+export const SCHEDULE_TOPIC = 'schedule';
+
+/** The longest sleep: bounds what a lost ring or a jump of the database's clock can cost. */
+const MAX_SLEEP_MS = 5_000;
+const REAP_EVERY_MS = 1_000;
+
+export interface Scheduler {
+  /** Ends the loops after what they are doing; the second call waits for the first. */
+  stop(): Promise<void>;
+}
+
+/** Starts firing due tasks, offering runs whose backoff is over, reaping lost leases and noticing silent agents. */
+export function startScheduler(deps: { db: Database; bus: Bus; logger: Logger; config: Config }): Scheduler {
+  const { db, bus, config } = deps;
+  const log = (error: unknown) => {
+    if (isDatabaseAway(error)) deps.logger.warn('the scheduler waits for the database');
+    else deps.logger.error({ err: error }, 'the scheduler failed');
+  };
+
+  // When the next tick is due, in the database's time; a ring for a later one needs no waking.
+  let sleepingUntil = Number.POSITIVE_INFINITY;
+  const firing = startLoop(log, async () => {
+    sleepingUntil = Number.POSITIVE_INFINITY;
+    const { more } = await fireDue(db);
+    if (more) return 0;
+    const next = await nextDue(db);
+    sleepingUntil = next.at;
+    return Math.min(next.inMs, MAX_SLEEP_MS);
+  });
+  const offSchedule = bus.on(SCHEDULE_TOPIC, (detail) => {
+    if (detail === undefined || !(Date.parse(detail) >= sleepingUntil)) firing.wake();
+  });
+
+  let offeredUntil = new Date(0);
+  const offering = startLoop(log, async () => {
+    const { until, inMs } = await offerDueRetries(db, bus, offeredUntil);
+    offeredUntil = until;
+    return Math.min(inMs, MAX_SLEEP_MS);
+  });
+  // A failed run is followed by a retry that may be due before this loop wakes by itself.
+  const offRetry = bus.on(RETRY_TOPIC, () => offering.wake());
+
+  const reaping = startLoop(log, async () => {
+    const reaped = await reapLeases(db);
+    const silent = await db.transaction((tx) => markSilentAgents(tx, config.AGENT_OFFLINE_AFTER_SECONDS));
+    return reaped > 0 || silent > 0 ? 0 : REAP_EVERY_MS;
+  });
+
+  let stopped: Promise<void> | undefined;
+  const stop = async () => {
+    offSchedule();
+    offRetry();
+    await Promise.all([firing.stop(), offering.stop(), reaping.stop()]);
+  };
+  return {
+    stop: () => {
+      stopped ??= stop();
+      return stopped;
+    },
+  };
+}
+
+/** Served by tasks_due_idx. A millisecond more, since timers may fire early. */
+async function nextDue(db: Database): Promise<{ at: number; inMs: number }> {
+  const { rows } = await db.query<{ at: Date | null; in_ms: number | null }>({
+    name: 'scheduler-next',
+    text: `
+      select next_run_at as at, (extract(epoch from next_run_at - clock_timestamp()) * 1000)::float8 as in_ms
+      from tasks where next_run_at is not null order by next_run_at, id limit 1`,
+  });
+  const [row] = rows;
+  if (!row?.at || row.in_ms === null) return { at: Number.POSITIVE_INFINITY, inMs: MAX_SLEEP_MS };
+  return { at: row.at.getTime(), inMs: Math.max(1, Math.ceil(row.in_ms) + 1) };
+}
+
+/**
+ * Wakes agents for runs whose backoff ended since `since`; answers until when it looked and when the next one ends.
+ * Served by executions_available_idx.
+ */
+async function offerDueRetries(db: Database, bus: Bus, since: Date): Promise<{ until: Date; inMs: number }> {
+  const due = await db.query<{ until: Date; user_id: number | null; skill_name: string | null }>({
+    name: 'scheduler-offer',
+    text: `
+      select now() as until, e.user_id, e.skill_name from (select 1) one left join (
+        select distinct user_id, skill_name from executions
+        where status = 'queued' and trigger = 'retry' and available_at > $1 and available_at <= now()
+      ) e on true`,
+    values: [since],
+  });
+  for (const { user_id: userId, skill_name: skillName } of due.rows) {
+    if (userId !== null && skillName !== null) bus.ring(QUEUE_TOPIC, queueDetail({ userId, skillName }));
+  }
+  const next = await db.query<{ in_ms: number | null }>({
+    name: 'scheduler-offer-next',
+    text: `
+      select (extract(epoch from min(available_at) - clock_timestamp()) * 1000)::float8 as in_ms from executions
+      where status = 'queued' and available_at > now()`,
+  });
+  const inMs = next.rows[0]?.in_ms ?? MAX_SLEEP_MS;
+  return { until: due.rows[0]?.until ?? since, inMs: Math.max(1, Math.ceil(inMs) + 1) };
+}

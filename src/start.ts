@@ -1,0 +1,140 @@
+import type { AddressInfo } from 'node:net';
+import type { Config } from './config.ts';
+import { createDatabase, type Database, sqlState } from './db/database.ts';
+import { migrateDatabase } from './db/migrate.ts';
+import type { App } from './http/app.ts';
+import { createPostgresBus } from './platform/bus.ts';
+import type { Logger } from './platform/logger.ts';
+import { createClient, createPool } from './platform/postgres.ts';
+import { StartupError } from './platform/startup-error.ts';
+import { createFeed } from './realtime/feed.ts';
+import { startRelay } from './realtime/relay.ts';
+import { startScheduler } from './scheduler/scheduler.ts';
+import { buildServer } from './server.ts';
+
+/** A server that listens. */
+export interface Running {
+  /** Where, as http://host:port. */
+  url: string;
+  app: App;
+  db: Database;
+  /** Drains and closes everything that was started here; the second call waits for the first. */
+  stop(): Promise<void>;
+}
+
+export interface StartOptions {
+  config: Config;
+  logger: Logger;
+  databaseUrl: string;
+  /** For LISTEN, session locks and migrations; the same unless a pooler is in between. */
+  directUrl: string;
+  jwtSecret: string | undefined;
+  version: string;
+}
+
+/**
+ * Migrates the database and starts everything that serves from it, in this order: bus, events, HTTP, scheduler.
+ * Throws StartupError for what a person can fix; whatever had been started by then is closed again.
+ */
+export async function startMuster(options: StartOptions): Promise<Running> {
+  const { config, logger, databaseUrl, directUrl } = options;
+  await requireDatabase(directUrl);
+  await migrateDatabase(directUrl);
+
+  const closers: (() => Promise<unknown>)[] = [];
+  const closeAll = async () => {
+    for (let close = closers.pop(); close; close = closers.pop()) {
+      await close().catch((error: unknown) => logger.error({ err: error }, 'closing failed'));
+    }
+  };
+  try {
+    const pool = createPool({ url: databaseUrl, size: config.DATABASE_POOL_SIZE, name: 'muster', logger });
+    closers.push(() => pool.end());
+    const bus = await createPostgresBus({ pool, directUrl, logger });
+    closers.push(() => bus.close());
+    const db = createDatabase(pool, bus);
+    const relay = await startRelay({ db, bus, logger, directUrl });
+    closers.push(() => relay.close());
+    const feed = createFeed({ db, bus, logger });
+    closers.push(() => feed.close());
+    const { app, drain } = await buildServer({ ...options, db, bus, feed });
+    closers.push(() => app.close());
+    await listen(app, config);
+    const scheduler = startScheduler({ db, bus, logger, config });
+    closers.push(() => scheduler.stop());
+    drain.signal.addEventListener('abort', () => void scheduler.stop());
+
+    const { address, port } = app.server.address() as AddressInfo;
+    const host = address.includes(':') ? `[${address}]` : address;
+    let stopped: Promise<void> | undefined;
+    const stop = async () => {
+      await drain.finish();
+      await closeAll();
+    };
+    return {
+      url: `http://${host}:${port}`,
+      app,
+      db,
+      stop: () => {
+        stopped ??= stop();
+        return stopped;
+      },
+    };
+  } catch (error) {
+    await closeAll();
+    throw error;
+  }
+}
+
+const OLDEST_POSTGRES = 14;
+
+async function requireDatabase(url: string): Promise<void> {
+  const client = createClient({ url, name: 'muster-start', queryTimeoutMs: 5_000 });
+  client.on('error', () => {}); // The call under way rejects with the same error.
+  try {
+    await client.connect();
+    const { rows } = await client.query<{ version: number }>(
+      `select current_setting('server_version_num')::int / 10000 as version`,
+    );
+    const version = rows[0]?.version ?? 0;
+    if (version < OLDEST_POSTGRES) {
+      throw new StartupError(`Muster needs Postgres ${OLDEST_POSTGRES} or later; DATABASE_URL leads to ${version}.`);
+    }
+  } catch (error) {
+    if (error instanceof StartupError) throw error;
+    throw new StartupError(databaseSentence(error));
+  } finally {
+    await client.end().catch(() => {});
+  }
+}
+
+/** Why the database cannot be used, without repeating its URL, which holds a password. */
+function databaseSentence(error: unknown): string {
+  const state = sqlState(error);
+  if (state === '28P01' || state === '28000') return 'Postgres refuses the user or password of DATABASE_URL.';
+  if (state === '3D000') return 'The database that DATABASE_URL names does not exist: create it first.';
+  if (state !== undefined) return `Postgres at DATABASE_URL refuses to serve (SQLSTATE ${state}): see its log.`;
+  const { code } = error as NodeJS.ErrnoException;
+  return `Postgres at DATABASE_URL cannot be reached (${code ?? 'no answer'}): check its host and port, and that it runs.`;
+}
+
+async function listen(app: App, { HOST: host, PORT: port }: Config): Promise<void> {
+  try {
+    await app.listen({ host, port });
+  } catch (error) {
+    throw listenError(error, host, port);
+  }
+}
+
+/** The sentence for a port that cannot be listened on; any other error as it is. */
+export function listenError(error: unknown, host: string, port: number): unknown {
+  const { code } = error as NodeJS.ErrnoException;
+  if (code === 'EADDRINUSE') {
+    return new StartupError(`Port ${port} on ${host} is taken: stop what listens there, or set PORT to another.`);
+  }
+  if (code === 'EACCES') return new StartupError(`Port ${port} needs privileges: set PORT to one above 1023.`);
+  if (code === 'EADDRNOTAVAIL' || code === 'ENOTFOUND') {
+    return new StartupError(`HOST=${host} is no address of this machine: set it to 127.0.0.1, or 0.0.0.0 for all.`);
+  }
+  return error;
+}
