@@ -85,7 +85,7 @@ async function once<T>(pool: pg.Pool, bus: Bus, work: (tx: Tx) => Promise<T>): P
     await client.query('begin');
     const result = await work({
       orm: drizzle({ client: whileOpen }),
-      query: (statement) => whileOpen.query(statement),
+      query: async (statement) => whileOpen.query(statement),
       ring: (topic, detail) => void rings.push([topic, detail]),
     });
     open = false;
