@@ -1,0 +1,95 @@
+import { and, eq, gte, lt, type SQL, sql } from 'drizzle-orm';
+import type { Queryable, Tx } from '../db/database.ts';
+import { occurrences, tasks } from '../db/schema.ts';
+import { type Actor, ownedBy, requireAccess } from '../http/access.ts';
+import { type Page, paginate, type SortKey } from '../http/pagination.ts';
+import type { TASK_SORTS, TaskQuery } from './schemas.ts';
+import type { Task } from './task-events.ts';
+
+// Written out and not as a parameter, so that the planner sees that the partial indexes of lists apply.
+const notDeleted = sql`${tasks.status} <> 'deleted'`;
+
+/** When it is, by the clock that decides what is due: in a transaction, the time of its start. */
+export async function databaseNow(q: Queryable): Promise<Date> {
+  const { rows } = await q.query<{ now: Date }>({ name: 'database-now', text: 'select now()' });
+  const [row] = rows;
+  if (!row) throw new Error('select now() answered no row.');
+  return row.now;
+}
+
+/** One task by the owner rule: 404 when there is none or it was deleted, 403 when it is somebody else's. */
+export async function getTask(q: Queryable, actor: Actor, id: number): Promise<Task> {
+  const [found] = await q.orm
+    .select()
+    .from(tasks)
+    .where(and(eq(tasks.id, id), notDeleted));
+  return requireAccess(actor, found, 'task', id);
+}
+
+/** The same, with the row locked until the transaction ends; runs of the task may still refer to it. */
+export async function lockTask(tx: Tx, actor: Actor, id: number): Promise<Task> {
+  const [found] = await tx.orm
+    .select()
+    .from(tasks)
+    .where(and(eq(tasks.id, id), notDeleted))
+    .for('no key update');
+  return requireAccess(actor, found, 'task', id);
+}
+
+/** Whether a tick of the task at this time has had its verdict. Served by occurrences_tick_key. */
+export async function hasTicked(q: Queryable, taskId: number, at: Date): Promise<boolean> {
+  const found = await q.orm
+    .select({ id: occurrences.id })
+    .from(occurrences)
+    .where(and(eq(occurrences.taskId, taskId), eq(occurrences.scheduledFor, at)));
+  return found.length > 0;
+}
+
+/** Each order, served by the index tasks_owner_<order>_idx. A task without a next run comes after all that have one. */
+const SORT_KEYS: Record<(typeof TASK_SORTS)[number], SortKey> = {
+  created_at: { by: sql`${tasks.createdAt}`, type: 'timestamptz' },
+  updated_at: { by: sql`${tasks.updatedAt}`, type: 'timestamptz' },
+  next_run_at: { by: sql`coalesce(${tasks.nextRunAt}, 'infinity'::timestamptz)`, type: 'timestamptz' },
+  status: { by: sql`${tasks.status}`, type: 'text' },
+  priority: { by: sql`${tasks.priority}`, type: 'smallint' },
+};
+
+/** A page of the caller's tasks (of everybody's for admins), newest first unless asked otherwise. */
+export async function listTasks(q: Queryable, actor: Actor, query: TaskQuery): Promise<Page<Task>> {
+  const { limit, offset, cursor, total, sort_by = 'created_at', sort_order = 'desc', ...filters } = query;
+  const { status, skill_name, project_id, agent_id, search, next_run_from, next_run_to } = filters;
+  return paginate({
+    page: { limit, offset, cursor, total },
+    scope: ['tasks', actor.role === 'admin' ? 'all' : actor.userId, sort_by, sort_order, filters],
+    sort: SORT_KEYS[sort_by],
+    order: sort_order,
+    id: sql`${tasks.id}`,
+    filter: and(
+      notDeleted,
+      ownedBy(actor, tasks.userId),
+      status === undefined ? undefined : eq(tasks.status, status),
+      skill_name === undefined ? undefined : eq(tasks.skillName, skill_name),
+      project_id === undefined ? undefined : eq(tasks.projectId, project_id),
+      agent_id === undefined ? undefined : eq(tasks.agentId, agent_id),
+      search === undefined ? undefined : contains(search),
+      next_run_from === undefined ? undefined : gte(tasks.nextRunAt, next_run_from),
+      next_run_to === undefined ? undefined : lt(tasks.nextRunAt, next_run_to),
+    ),
+    select: async ({ where, orderBy, limit, offset, key }) => {
+      const rows = await q.orm
+        .select({ row: tasks, key })
+        .from(tasks)
+        .where(where)
+        .orderBy(...orderBy)
+        .limit(limit)
+        .offset(offset);
+      return rows.map(({ row, key }) => ({ row, id: row.id, key }));
+    },
+    count: (where) => q.orm.$count(tasks, where),
+  });
+}
+
+function contains(text: string): SQL {
+  const pattern = `%${text.replace(/[\\%_]/g, '\\$&')}%`;
+  return sql`(${tasks.name} ilike ${pattern} or ${tasks.skillName} ilike ${pattern})`;
+}

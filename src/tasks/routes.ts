@@ -1,0 +1,232 @@
+import { recentExecutions } from '../executions/executions.ts';
+import { executionSummary, executionSummaryView } from '../executions/schemas.ts';
+import type { App, Deps } from '../http/app.ts';
+import { idParams } from '../http/validation.ts';
+import { previewAnswer, previewBody, previewQuery, previewSchedule, previewTask } from './preview.ts';
+import { databaseNow, getTask, listTasks } from './queries.ts';
+import {
+  createTaskBody,
+  historyQuery,
+  ifMatchHeaders,
+  runTaskBody,
+  taskAnswer,
+  taskDeleted,
+  taskDetail,
+  taskList,
+  taskQuery,
+  taskView,
+  updateTaskBody,
+} from './schemas.ts';
+import { createTask, deleteTask, pauseTask, resumeTask, runTask, updateTask } from './tasks.ts';
+
+/** Tasks: what is to be run and when. */
+export function taskRoutes(app: App, { db }: Deps): void {
+  const read = { access: { rule: 'owner', scopes: ['read'] } } as const;
+  const write = { access: { rule: 'owner', scopes: ['write'] } } as const;
+  const tags = ['tasks'];
+
+  app.post(
+    '/tasks',
+    {
+      config: write,
+      schema: {
+        tags,
+        summary: 'Create a task',
+        description:
+          'It runs by `schedule_cron` or once at `run_at`; with neither, only when asked to by `POST /tasks/{id}/run`.',
+        body: createTaskBody,
+        response: { 201: taskAnswer },
+      },
+    },
+    async (request, reply) => {
+      const task = await db.transaction((tx) => createTask(tx, request.actor, request.body));
+      return reply
+        .code(201)
+        .headers({ location: `/api/v1/tasks/${task.id}`, etag: etag(task) })
+        .send(taskView(task));
+    },
+  );
+
+  app.get(
+    '/tasks',
+    {
+      config: read,
+      schema: {
+        tags,
+        summary: 'List tasks, newest first unless asked otherwise',
+        querystring: taskQuery,
+        response: { 200: taskList },
+      },
+    },
+    async (request) => {
+      const { rows, ...page } = await listTasks(db, request.actor, request.query);
+      return { tasks: rows.map(taskView), ...page };
+    },
+  );
+
+  app.get(
+    '/tasks/:id',
+    {
+      config: read,
+      schema: {
+        tags,
+        summary: 'Get a task and its latest runs',
+        params: idParams,
+        querystring: historyQuery,
+        response: { 200: taskDetail },
+      },
+    },
+    async (request, reply) => {
+      const task = await getTask(db, request.actor, request.params.id);
+      const executions = await recentExecutions(db, task.id, request.query.history_limit);
+      return reply
+        .header('etag', etag(task))
+        .send({ ...taskView(task), executions: executions.map(executionSummaryView) });
+    },
+  );
+
+  app.put(
+    '/tasks/:id',
+    {
+      config: write,
+      schema: {
+        tags,
+        summary: 'Change the given fields of a task',
+        description:
+          '`null` empties a field that can be empty. A new schedule sets the next time. What changes nothing does nothing.',
+        params: idParams,
+        headers: ifMatchHeaders,
+        body: updateTaskBody,
+        response: { 200: taskAnswer },
+      },
+    },
+    async (request, reply) => {
+      const task = await db.transaction((tx) =>
+        updateTask(tx, request.actor, request.params.id, request.body, versions(request.headers['if-match'])),
+      );
+      return reply.header('etag', etag(task)).send(taskView(task));
+    },
+  );
+
+  app.delete(
+    '/tasks/:id',
+    {
+      config: write,
+      schema: {
+        tags,
+        summary: 'Delete a task and cancel its queued runs',
+        params: idParams,
+        headers: ifMatchHeaders,
+        response: { 200: taskDeleted },
+      },
+    },
+    async (request) => {
+      const task = await db.transaction((tx) =>
+        deleteTask(tx, request.actor, request.params.id, versions(request.headers['if-match'])),
+      );
+      return { message: `The task ${task.id} was deleted.`, task_id: task.id, status: 'deleted' as const };
+    },
+  );
+
+  app.post(
+    '/tasks/:id/run',
+    {
+      config: write,
+      schema: {
+        tags,
+        summary: 'Run a task now',
+        description: 'Queues a run whatever the schedule says; paused tasks run too.',
+        params: idParams,
+        body: runTaskBody,
+        response: { 202: executionSummary },
+      },
+    },
+    async (request, reply) => {
+      const run = await db.transaction((tx) => runTask(tx, request.actor, request.params.id, request.body?.params));
+      return reply
+        .code(202)
+        .header('location', `/api/v1/executions/${run.id}`)
+        .send(executionSummaryView({ ...run, outputPreview: run.outputText }));
+    },
+  );
+
+  app.post(
+    '/tasks/:id/pause',
+    {
+      config: write,
+      schema: {
+        tags,
+        summary: 'Pause a task: nothing fires until it is resumed',
+        params: idParams,
+        response: { 200: taskAnswer },
+      },
+    },
+    async (request, reply) => {
+      const task = await db.transaction((tx) => pauseTask(tx, request.actor, request.params.id));
+      return reply.header('etag', etag(task)).send(taskView(task));
+    },
+  );
+
+  app.post(
+    '/tasks/:id/resume',
+    {
+      config: write,
+      schema: {
+        tags,
+        summary: 'Resume a paused task',
+        description:
+          'A schedule goes on with its next time from now. A one-off whose time passed in the pause runs at once, unless its `misfire_policy` is `skip`.',
+        params: idParams,
+        response: { 200: taskAnswer },
+      },
+    },
+    async (request, reply) => {
+      const task = await db.transaction((tx) => resumeTask(tx, request.actor, request.params.id));
+      return reply.header('etag', etag(task)).send(taskView(task));
+    },
+  );
+
+  app.get(
+    '/tasks/:id/preview',
+    {
+      config: read,
+      schema: {
+        tags,
+        summary: 'The next times of a task',
+        description: 'By its schedule alone: whether it is paused plays no part.',
+        params: idParams,
+        querystring: previewQuery,
+        response: { 200: previewAnswer },
+      },
+    },
+    async (request) => {
+      const { from, count } = request.query;
+      const task = await getTask(db, request.actor, request.params.id);
+      return { runs: await previewTask(task, from ?? (await databaseNow(db)), count) };
+    },
+  );
+
+  app.post(
+    '/tasks/preview',
+    {
+      config: { access: { rule: 'self', scopes: ['read'] } },
+      schema: {
+        tags,
+        summary: 'The next times of a schedule, before a task is made of it',
+        body: previewBody,
+        response: { 200: previewAnswer },
+      },
+    },
+    async (request) => ({ runs: await previewSchedule(request.body, request.body.from ?? (await databaseNow(db))) }),
+  );
+}
+
+// A strong tag, since If-Match compares strongly (RFC 9110, 13.1.1): it stands for what people write of a task and not
+// for its runs. The weak form is taken too, since compressing proxies make one out of the other.
+const etag = (task: { version: number }) => `"${task.version}"`;
+
+/** The versions that an If-Match allows; undefined when it allows any. */
+function versions(ifMatch: string | undefined): number[] | undefined {
+  if (ifMatch === undefined || ifMatch.trim() === '*') return undefined;
+  return [...ifMatch.matchAll(/"(\d+)"/g)].map(([, version]) => Number(version));
+}

@@ -1,0 +1,214 @@
+import { z } from 'zod';
+import { MISFIRE_POLICIES, OVERLAP_POLICIES, PRIORITIES, TASK_STATUSES } from '../db/schema.ts';
+import { executionSummary } from '../executions/schemas.ts';
+import { pageAnswer, pageQuery } from '../http/pagination.ts';
+import { id, idText, instant, integerText, time, toTime } from '../http/validation.ts';
+import { CronError, parseCron } from '../schedule/cron.ts';
+import { isTimeZone } from '../schedule/zone.ts';
+import type { Task } from './task-events.ts';
+
+const MAX_PARAMS_BYTES = 65_536;
+
+const LISTED_STATUSES = TASK_STATUSES.filter((status) => status !== 'deleted');
+
+/** What a task can be sorted by. */
+export const TASK_SORTS = ['created_at', 'next_run_at', 'updated_at', 'status', 'priority'] as const;
+
+const skillName = z
+  .string()
+  .regex(/^[a-zA-Z0-9_-]{1,255}$/, { error: 'must be 1 to 255 letters, digits, _ or -' })
+  .meta({ description: 'What an agent must be able to do to take a run of it.' });
+
+const params = z
+  .record(z.string(), z.unknown(), { error: 'must be a JSON object' })
+  .refine((value) => Buffer.byteLength(JSON.stringify(value)) <= MAX_PARAMS_BYTES, {
+    error: `must be at most ${MAX_PARAMS_BYTES} bytes of JSON`,
+  });
+
+/** A schedule in a body. */
+export const cron = z
+  .string()
+  .superRefine((text, context) => {
+    try {
+      parseCron(text);
+    } catch (error) {
+      if (!(error instanceof CronError)) throw error;
+      context.addIssue({ code: 'custom', message: error.message.replace(/\.$/, '') });
+    }
+  })
+  .meta({ description: 'Five fields, or six with seconds first, or a name such as @daily; in `timezone`.' });
+
+/** A time zone in a body. */
+export const timezone = z
+  .string()
+  .refine(isTimeZone, { error: 'must be a time zone of the IANA database, such as Europe/Rome or UTC' })
+  .meta({ description: 'An IANA time zone.' });
+
+const capabilities = z
+  .array(z.string().trim().min(1).max(64))
+  .max(32)
+  .refine((list) => new Set(list).size === list.length, { error: 'must not name a capability twice' });
+
+/** The fields of a task that a caller writes. Those that can be empty take null for that. */
+const writable = {
+  name: z.string().trim().min(1).max(255).nullable(),
+  skill_name: skillName,
+  project_id: id.nullable(),
+  params,
+  priority: z.enum(PRIORITIES),
+  schedule_cron: cron.nullable(),
+  timezone,
+  run_at: instant.nullable().meta({ description: 'The one time to run at, instead of schedule_cron.' }),
+  overlap_policy: z.enum(OVERLAP_POLICIES),
+  misfire_policy: z.enum(MISFIRE_POLICIES),
+  max_attempts: z.int().min(1).max(20),
+  retry_backoff_seconds: z.int().min(0).max(3_600),
+  timeout_seconds: z.int().min(1).max(604_800),
+  agent_id: id.nullable().meta({ description: 'The one agent that may run it.' }),
+  required_capabilities: capabilities,
+};
+
+const TASK_EXAMPLE = {
+  name: 'Morning report',
+  skill_name: 'report',
+  params: { audience: 'team' },
+  schedule_cron: '0 9 * * mon-fri',
+  timezone: 'Europe/Rome',
+  priority: 'high',
+};
+
+export const createTaskBody = z
+  .strictObject({
+    ...writable,
+    name: writable.name.default(null),
+    project_id: writable.project_id.default(null),
+    params: params.default({}),
+    priority: writable.priority.default('medium'),
+    schedule_cron: writable.schedule_cron.default(null),
+    timezone: timezone.default('UTC'),
+    run_at: instant.nullish(),
+    overlap_policy: writable.overlap_policy.default('skip'),
+    misfire_policy: writable.misfire_policy.default('fire_last'),
+    max_attempts: writable.max_attempts.default(3),
+    retry_backoff_seconds: writable.retry_backoff_seconds.default(10),
+    timeout_seconds: writable.timeout_seconds.default(3_600),
+    agent_id: writable.agent_id.default(null),
+    required_capabilities: capabilities.default([]),
+  })
+  .meta({ examples: [TASK_EXAMPLE] });
+export type CreateTask = z.output<typeof createTaskBody>;
+
+export const updateTaskBody = z
+  .strictObject(writable)
+  .partial()
+  .refine((body) => Object.keys(body).length > 0, { error: 'must have at least one field to change' })
+  .meta({ examples: [{ schedule_cron: '*/15 9-17 * * *', priority: 'critical' }] });
+export type UpdateTask = z.output<typeof updateTaskBody>;
+
+/** A body that may be left out altogether. */
+export const runTaskBody = z
+  .strictObject({ params: params.optional().meta({ description: 'For this run, instead of those of the task.' }) })
+  .nullish()
+  .meta({ examples: [{ params: { audience: 'board' } }] });
+
+export const taskQuery = z.strictObject({
+  ...pageQuery(),
+  status: z
+    .enum(LISTED_STATUSES, {
+      error: `must be ${LISTED_STATUSES.slice(0, -1).join(', ')} or ${LISTED_STATUSES.at(-1)}; deleted tasks are not listed`,
+    })
+    .optional(),
+  skill_name: skillName.optional(),
+  project_id: idText.optional(),
+  agent_id: idText.optional(),
+  search: z.string().max(255).optional().meta({ description: 'Part of the name or skill_name, in any case.' }),
+  next_run_from: instant.optional().meta({ description: 'Only those whose next run is not before this.' }),
+  next_run_to: instant.optional().meta({ description: 'Only those whose next run is before this.' }),
+  sort_by: z.enum(TASK_SORTS).optional().meta({ description: 'created_at unless given.' }),
+});
+export type TaskQuery = z.output<typeof taskQuery>;
+
+export const historyQuery = z.strictObject({
+  history_limit: integerText(0, 500)
+    .optional()
+    .transform((limit) => limit ?? 50)
+    .meta({ description: 'How many of its latest runs to show; 50 unless given.' }),
+});
+
+const entityTags = /^\s*(\*|(W\/)?"[^"]*"(\s*,\s*(W\/)?"[^"]*")*)\s*$/;
+
+export const ifMatchHeaders = z.looseObject({
+  'if-match': z
+    .string()
+    .regex(entityTags, { error: 'must be * or an ETag that a GET answered, such as "3"' })
+    .optional()
+    .meta({ description: 'Make the change only when the task is still at this ETag; else 412.' }),
+});
+
+const taskFields = {
+  id,
+  user_id: id,
+  project_id: id.nullable(),
+  name: z.string().nullable(),
+  skill_name: z.string(),
+  params: z.record(z.string(), z.unknown()),
+  priority: z.enum(PRIORITIES),
+  schedule_cron: z.string().nullable(),
+  timezone: z.string(),
+  run_at: time.nullable(),
+  next_run_at: time.nullable().meta({ description: 'When it fires next; null when it does not.' }),
+  last_run_at: time.nullable(),
+  status: z.enum(TASK_STATUSES),
+  overlap_policy: z.enum(OVERLAP_POLICIES),
+  misfire_policy: z.enum(MISFIRE_POLICIES),
+  max_attempts: z.int(),
+  retry_backoff_seconds: z.int(),
+  timeout_seconds: z.int(),
+  agent_id: id.nullable(),
+  required_capabilities: z.array(z.string()),
+  version: z.int(),
+  created_at: time,
+  updated_at: time,
+};
+
+export const taskAnswer = z.object(taskFields).meta({ id: 'Task' });
+/** A task with its latest runs, newest first. */
+export const taskDetail = z.object({ ...taskFields, executions: z.array(executionSummary) }).meta({ id: 'TaskDetail' });
+export const taskList = z.object({ tasks: z.array(taskAnswer), ...pageAnswer });
+export const taskDeleted = z.object({ message: z.string(), task_id: id, status: z.enum(['deleted']) });
+
+/** A task on the wire. */
+export function taskView(task: Task): z.input<typeof taskAnswer> {
+  return {
+    id: task.id,
+    user_id: task.userId,
+    project_id: task.projectId,
+    name: task.name,
+    skill_name: task.skillName,
+    params: task.params,
+    priority: priorityWord(task.priority),
+    schedule_cron: task.scheduleCron,
+    timezone: task.timezone,
+    run_at: toTime(task.runAt),
+    next_run_at: toTime(task.nextRunAt),
+    last_run_at: toTime(task.lastRunAt),
+    status: task.status,
+    overlap_policy: task.overlapPolicy,
+    misfire_policy: task.misfirePolicy,
+    max_attempts: task.maxAttempts,
+    retry_backoff_seconds: task.retryBackoffSeconds,
+    timeout_seconds: task.timeoutSeconds,
+    agent_id: task.agentId,
+    required_capabilities: task.requiredCapabilities,
+    version: task.version,
+    created_at: toTime(task.createdAt),
+    updated_at: toTime(task.updatedAt),
+  };
+}
+
+/** The word for a priority as the table has it: its place in PRIORITIES. */
+export function priorityWord(priority: number): (typeof PRIORITIES)[number] {
+  const word = PRIORITIES[priority];
+  if (word === undefined) throw new Error(`There is no priority ${priority}.`);
+  return word;
+}

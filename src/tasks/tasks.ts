@@ -1,0 +1,269 @@
+import { isDeepStrictEqual } from 'node:util';
+import { eq, sql } from 'drizzle-orm';
+import { findAgent } from '../agents/agents.ts';
+import { changedFields, recordAudit } from '../audit/record.ts';
+import type { Tx } from '../db/database.ts';
+import { type AUDIT_OPERATIONS, PRIORITIES, tasks } from '../db/schema.ts';
+import { cancelQueuedExecutions, enqueueExecution, hasRunningExecution } from '../executions/executions.ts';
+import type { Execution } from '../executions/schemas.ts';
+import type { Actor } from '../http/access.ts';
+import { conflict, invalid, Problem } from '../http/problem.ts';
+import { countTasks, requireProject } from '../projects/projects.ts';
+import { emitEvents, type NewEvent } from '../realtime/events.ts';
+import { parseCron } from '../schedule/cron.ts';
+import { nextOccurrence } from '../schedule/occurrences.ts';
+import { SCHEDULE_TOPIC } from '../scheduler/scheduler.ts';
+import { databaseNow, hasTicked, lockTask } from './queries.ts';
+import { type CreateTask, priorityWord, type UpdateTask } from './schemas.ts';
+import { calendarEvent, type Task, taskStatusUpdate } from './task-events.ts';
+import { taskTransition } from './task-state.ts';
+
+// What can be done with a task. Each function works in the transaction it is given: the row, locked before it is changed,
+// its audit entry and its events are written together or not at all. What changes nothing writes nothing.
+//
+// `next_run_at` is the one column that the scheduler looks at. It is set here when a schedule is given or resumed, by the
+// scheduler at each tick, and it is null while a task is paused, deleted, on demand, or has no further time.
+
+/** How far in the past a one-off may be: what passes between a client's clock and ours. It is then due at once. */
+const PAST_TOLERANCE_MS = 60_000;
+
+/** The columns that decide when a task runs. */
+type Schedule = Pick<Task, 'scheduleCron' | 'timezone' | 'runAt'>;
+
+/** Creates a task of the caller's and sets its next time. Throws a 400 that names the field it cannot take. */
+export async function createTask(tx: Tx, actor: Actor, input: CreateTask): Promise<Task> {
+  const schedule = { scheduleCron: input.schedule_cron, timezone: input.timezone, runAt: input.run_at ?? null };
+  const now = await databaseNow(tx);
+  checkSchedule(schedule, now);
+  if (input.project_id !== null) await requireProject(tx, actor.userId, input.project_id);
+  if (input.agent_id !== null) await checkAgent(tx, actor.userId, input.agent_id);
+  const [task] = await tx.orm
+    .insert(tasks)
+    .values({
+      ...columns(input),
+      skillName: input.skill_name,
+      userId: actor.userId,
+      nextRunAt: firstRun(schedule, now),
+    })
+    .returning();
+  if (!task) throw new Error('The insert answered no row.');
+  if (task.projectId !== null) await countTasks(tx, task.projectId, 1);
+  await tell(tx, actor, 'CREATE', null, task);
+  return task;
+}
+
+/**
+ * Changes the fields of a task that are given and differ. A new schedule sets its next time, and a task that had ended
+ * waits again; a paused one stays paused. `expected` are the versions of which the task must have one, else it is a 412.
+ */
+export async function updateTask(
+  tx: Tx,
+  actor: Actor,
+  id: number,
+  input: UpdateTask,
+  expected: readonly number[] | undefined,
+): Promise<Task> {
+  const before = await lockTask(tx, actor, id);
+  requireVersion(before, expected);
+  const changes = differing(before, columns(input));
+  if (Object.keys(changes).length === 0) return before;
+
+  const wanted = { ...before, ...changes };
+  if (changes.projectId != null) await requireProject(tx, before.userId, changes.projectId);
+  if (changes.agentId != null) await checkAgent(tx, before.userId, changes.agentId);
+  const zoneMatters = changes.timezone !== undefined && wanted.scheduleCron !== null;
+  if (changes.scheduleCron !== undefined || changes.runAt !== undefined || zoneMatters) {
+    const now = await databaseNow(tx);
+    checkSchedule(wanted, now, before);
+    if (changes.runAt && (await hasTicked(tx, id, changes.runAt))) {
+      throw invalid('body.run_at', `is a time at which this task has run; to run it again now, POST /tasks/${id}/run`);
+    }
+    if (before.status !== 'disabled') changes.nextRunAt = firstRun(wanted, now);
+    if (changes.nextRunAt) changes.status = taskTransition(before.status, 'scheduled') ?? before.status;
+  }
+  const after = await write(tx, before, changes);
+  if (after.projectId !== before.projectId) {
+    if (before.projectId !== null) await countTasks(tx, before.projectId, -1);
+    if (after.projectId !== null) await countTasks(tx, after.projectId, 1);
+  }
+  await tell(tx, actor, 'UPDATE', before, after);
+  return after;
+}
+
+/** Deletes a task softly and cancels what is queued of it; an agent that is at a run of it finishes. */
+export async function deleteTask(
+  tx: Tx,
+  actor: Actor,
+  id: number,
+  expected: readonly number[] | undefined,
+): Promise<Task> {
+  const before = await lockTask(tx, actor, id);
+  requireVersion(before, expected);
+  const status = taskTransition(before.status, 'deleted') ?? before.status;
+  const after = await write(tx, before, { status, nextRunAt: null });
+  if (after.projectId !== null) await countTasks(tx, after.projectId, -1);
+  await tell(tx, actor, 'DELETE', before, after);
+  await cancelQueuedExecutions(tx, actor, after);
+  return after;
+}
+
+/** Queues a run of the task now, whatever its schedule, paused or not; `params` stand in for the task's in this run. */
+export async function runTask(
+  tx: Tx,
+  actor: Actor,
+  id: number,
+  params: Record<string, unknown> | undefined,
+): Promise<Execution> {
+  const task = await lockTask(tx, actor, id);
+  return enqueueExecution(tx, task, { trigger: 'manual', actor, params });
+}
+
+/**
+ * Pauses a task: nothing fires until it is resumed. What is queued or under way goes on. Throws a 409 for a task that has
+ * ended and so has nothing to pause.
+ */
+export async function pauseTask(tx: Tx, actor: Actor, id: number): Promise<Task> {
+  const before = await lockTask(tx, actor, id);
+  if (before.status === 'disabled') return before;
+  const status = taskTransition(before.status, 'paused');
+  if (!status) {
+    throw conflict(`The task ${id} is ${before.status} and has no further run to pause: give it a new time instead.`);
+  }
+  const after = await write(tx, before, { status, nextRunAt: null });
+  await tell(tx, actor, 'UPDATE', before, after);
+  return after;
+}
+
+/**
+ * Resumes a paused task; one that is not paused stays as it is. A schedule goes on with its next time from now: ticks that
+ * fell into the pause are not made up for. A one-off whose time passed in the pause is due at once, and as a tick that was
+ * missed: its misfire_policy decides whether it still runs (unless it is `skip`, it does). One that had fired before the
+ * pause does not fire again.
+ */
+export async function resumeTask(tx: Tx, actor: Actor, id: number): Promise<Task> {
+  const before = await lockTask(tx, actor, id);
+  const running = before.status === 'disabled' && (await hasRunningExecution(tx, id));
+  const status = taskTransition(before.status, running ? 'resumed_running' : 'resumed');
+  if (!status) return before;
+  const fired = before.runAt !== null && (await hasTicked(tx, id, before.runAt));
+  const nextRunAt = fired ? null : firstRun(before, await databaseNow(tx));
+  const after = await write(tx, before, { status, nextRunAt });
+  await tell(tx, actor, 'UPDATE', before, after);
+  return after;
+}
+
+/** The fields of a body as columns; what was not given is undefined. */
+function columns(input: UpdateTask) {
+  const { priority } = input;
+  return {
+    name: input.name,
+    skillName: input.skill_name,
+    projectId: input.project_id,
+    params: input.params,
+    priority: priority && PRIORITIES.indexOf(priority),
+    scheduleCron: input.schedule_cron,
+    timezone: input.timezone,
+    runAt: input.run_at,
+    overlapPolicy: input.overlap_policy,
+    misfirePolicy: input.misfire_policy,
+    maxAttempts: input.max_attempts,
+    retryBackoffSeconds: input.retry_backoff_seconds,
+    timeoutSeconds: input.timeout_seconds,
+    agentId: input.agent_id,
+    requiredCapabilities: input.required_capabilities,
+  };
+}
+
+/** Of the columns that are given, those that differ from the row's. Objects are equal whatever the order of their keys. */
+function differing(row: Task, given: { [K in keyof Task]?: Task[K] | undefined }): Partial<Task> {
+  const plain = (value: unknown): unknown => JSON.parse(JSON.stringify(value));
+  const changed = Object.entries(given).filter(
+    ([key, value]) => value !== undefined && !isDeepStrictEqual(plain(value), plain(row[key as keyof Task])),
+  );
+  return Object.fromEntries(changed);
+}
+
+/** The first time after `now`; a one-off's time as it is; null for a task that runs on demand. */
+function firstRun({ scheduleCron, timezone, runAt }: Schedule, now: Date): Date | null {
+  if (scheduleCron === null) return runAt;
+  const next = nextOccurrence(parseCron(scheduleCron), timezone, now.getTime());
+  return next ? new Date(next.scheduledFor) : null;
+}
+
+/** Throws a 400 for a schedule that cannot be; a one-off that is as it was `before` may have passed. */
+function checkSchedule(schedule: Schedule, now: Date, before?: Schedule): void {
+  const { scheduleCron, runAt } = schedule;
+  if (scheduleCron !== null && runAt !== null) {
+    const message = before
+      ? 'cannot stand beside schedule_cron; set the other one to null'
+      : 'cannot stand beside schedule_cron; give one of them';
+    throw invalid('body.run_at', message);
+  }
+  if (scheduleCron !== null && firstRun(schedule, now) === null) {
+    throw invalid('body.schedule_cron', 'never fires again');
+  }
+  const isNew = runAt?.getTime() !== before?.runAt?.getTime();
+  if (runAt !== null && isNew && runAt.getTime() < now.getTime() - PAST_TOLERANCE_MS) {
+    throw invalid('body.run_at', 'has passed; leave it out and run the task now by POST /tasks/{id}/run');
+  }
+}
+
+async function checkAgent(tx: Tx, ownerId: number, agentId: number): Promise<void> {
+  const agent = await findAgent(tx, agentId);
+  if (agent && (agent.userId === ownerId || agent.shared)) return;
+  // The same for agents of others and for none, so nobody learns which exist.
+  throw invalid('body.agent_id', `there is no agent ${agentId} of this task's owner, nor a shared one`);
+}
+
+function requireVersion(task: Task, expected: readonly number[] | undefined): void {
+  if (expected === undefined || expected.includes(task.version)) return;
+  throw new Problem(
+    'precondition-failed',
+    `The task ${task.id} has changed and is at version ${task.version}: get it and make the change to that.`,
+  );
+}
+
+async function write(tx: Tx, before: Task, changes: Partial<Task>): Promise<Task> {
+  const [after] = await tx.orm
+    .update(tasks)
+    .set({ ...changes, version: before.version + 1, updatedAt: sql`now()` })
+    .where(eq(tasks.id, before.id))
+    .returning();
+  if (!after) throw new Error('The update answered no row.');
+  return after;
+}
+
+/** Writes the audit entry and the events of a change, and wakes the scheduler when there is a new next time. */
+async function tell(
+  tx: Tx,
+  actor: Actor,
+  operation: (typeof AUDIT_OPERATIONS)[number],
+  before: Task | null,
+  after: Task,
+): Promise<void> {
+  await recordAudit(tx, actor, {
+    operation,
+    entityType: 'task',
+    entityId: after.id,
+    ownerId: after.userId,
+    changedFields: changedFields(before && audited(before), audited(after)),
+  });
+  const calendar = calendarChange(before, after);
+  await emitEvents(tx, [
+    taskStatusUpdate(after, { previousStatus: before?.status ?? null }),
+    ...(calendar ? [calendar] : []),
+  ]);
+  if (after.nextRunAt && after.nextRunAt.getTime() !== before?.nextRunAt?.getTime()) {
+    tx.ring(SCHEDULE_TOPIC, after.nextRunAt.toISOString());
+  }
+}
+
+const audited = (task: Task) => ({ ...task, priority: priorityWord(task.priority) });
+
+/** What calendars must hear: a next time came, went, or shows otherwise. Of one that went, the time it had is told. */
+function calendarChange(before: Task | null, after: Task): NewEvent | undefined {
+  if (!before?.nextRunAt) return after.nextRunAt ? calendarEvent('created', after) : undefined;
+  if (!after.nextRunAt) return calendarEvent('deleted', { ...after, nextRunAt: before.nextRunAt });
+  const updated = calendarEvent('updated', after);
+  return isDeepStrictEqual(updated.data, calendarEvent('updated', before).data) ? undefined : updated;
+}
