@@ -18,7 +18,7 @@ async function main(): Promise<void> {
   const logger = createLogger(config.LOG_LEVEL, process.stdout.isTTY && config.NODE_ENV !== 'production');
   // Before anything is made or started: a taken port is what most often stops a start.
   await requireFreePort(config);
-  const jwtSecret = await loadJwtSecret(config, config.DATA_DIR);
+  const jwtSecret = await loadJwtSecret(config);
 
   let close = async (): Promise<void> => {};
   closeWithGrace({ delay: config.SHUTDOWN_TIMEOUT_SECONDS * 1000, logger }, async ({ signal, err }) => {

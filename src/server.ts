@@ -70,12 +70,12 @@ export async function buildServer(
     maxAge: 600,
   });
   const limits = await rateLimits(app, config);
-  const { verify } = await credentials(app, deps, deps.jwtSecret);
+  const { verify, tokens } = await credentials(app, deps, deps.jwtSecret);
   authenticate(app, verify, limits);
   await describeApi(app, version);
   await app.register(websocket, { options: { maxPayload: 65_536, perMessageDeflate: false } });
 
-  const all = { ...deps, limits, drain };
+  const all = { ...deps, limits, drain, tokens };
   healthRoutes(app, all);
   realtimeRoutes(app, all);
   await app.register(

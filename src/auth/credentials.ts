@@ -1,0 +1,83 @@
+import type { Config } from '../config.ts';
+import type { Database } from '../db/database.ts';
+import { API_KEY_SCOPES } from '../db/schema.ts';
+import type { Role, Scope } from '../http/access.ts';
+import type { App } from '../http/app.ts';
+import { unauthorized, type VerifyCredential } from '../http/authenticate.ts';
+import type { Logger } from '../platform/logger.ts';
+import { type AccessTokens, accessTokens } from './access-tokens.ts';
+import { KEY_PREFIX } from './api-keys.ts';
+import { hashSecret } from './tokens.ts';
+
+// A credential is an API key or an access token. Both end with a look at the database, one query by primary or unique key,
+// so that a disabled user, an ended login and a revoked key are refused at the very next call. A credential that is not
+// even well-formed or signed never gets that far.
+
+const KEY = new RegExp(`^${KEY_PREFIX}[\\w-]{43}$`);
+/** How precise last_used_at is: a write a minute and key at the most. */
+const LAST_USED_SECONDS = 60;
+
+const FIND_KEY = {
+  name: 'credential-key',
+  text: `
+    select k.id, k.user_id, k.scopes, k.expires_at, u.role,
+      coalesce(k.last_used_at < now() - interval '${LAST_USED_SECONDS} seconds', true) as stale
+    from api_keys k join users u on u.id = k.user_id
+    where k.key_hash = $1 and k.revoked_at is null and (k.expires_at is null or k.expires_at > now())
+      and u.disabled_at is null`,
+};
+
+/** The user of a token; for our own, only while its login has not ended. Served by refresh_tokens_family_idx. */
+const FIND_USER = {
+  name: 'credential-user',
+  text: `
+    select u.role from users u
+    where u.id = $1 and u.disabled_at is null and ($2::uuid is null or exists (
+      select from refresh_tokens r where r.family_id = $2 and r.user_id = u.id and r.revoked_at is null))`,
+};
+
+/** Registers token handling on `app`, and answers how credentials are verified and tokens signed. */
+export async function credentials(
+  app: App,
+  deps: { config: Config; db: Database; logger: Logger },
+  secret: string | undefined,
+): Promise<{ verify: VerifyCredential; tokens: AccessTokens }> {
+  const { db, logger } = deps;
+  const tokens = await accessTokens(app, deps.config, secret);
+
+  const verifyKey: VerifyCredential = async (key) => {
+    const refused = unauthorized('The API key is not valid: it may be revoked or expired.');
+    if (!KEY.test(key)) throw refused;
+    const { rows } = await db.query<{
+      id: number;
+      user_id: number;
+      scopes: Scope[];
+      expires_at: Date | null;
+      role: Role;
+      stale: boolean;
+    }>({ ...FIND_KEY, values: [hashSecret(key)] });
+    const [found] = rows;
+    if (!found) throw refused;
+    if (found.stale) {
+      db.query({
+        name: 'credential-key-used',
+        text: 'update api_keys set last_used_at = now() where id = $1',
+        values: [found.id],
+      }).catch((error: unknown) => logger.warn({ err: error }, 'the use of an API key was not noted'));
+    }
+    return { userId: found.user_id, role: found.role, scopes: found.scopes, expiresAt: found.expires_at };
+  };
+
+  const verifyToken: VerifyCredential = async (text) => {
+    const token = await tokens.verify(text);
+    const { rows } = await db.query<{ role: Role }>({ ...FIND_USER, values: [token.userId, token.family] });
+    const [user] = rows;
+    if (!user) throw unauthorized('This login has ended: log in again.');
+    return { userId: token.userId, role: user.role, scopes: API_KEY_SCOPES, expiresAt: token.expiresAt };
+  };
+
+  return {
+    tokens,
+    verify: (credential) => (credential.startsWith(KEY_PREFIX) ? verifyKey(credential) : verifyToken(credential)),
+  };
+}

@@ -1,0 +1,92 @@
+import { randomUUID } from 'node:crypto';
+import { and, eq, isNull, sql } from 'drizzle-orm';
+import { recordAudit } from '../audit/record.ts';
+import type { Tx } from '../db/database.ts';
+import { refreshTokens } from '../db/schema.ts';
+import { hashSecret, newSecret } from './tokens.ts';
+import { findUser, type Visitor } from './users.ts';
+
+// A login starts a family of refresh tokens, of which one at a time is good: each is spent for the next. A spent one that
+// comes again was stolen, by whom there is no telling, so the whole family ends, and with it the access tokens that name it.
+
+/** Starts a family; answers its id and its first refresh token. */
+export async function startSession(
+  tx: Tx,
+  userId: number,
+  ttlSeconds: number,
+): Promise<{ family: string; refreshToken: string }> {
+  const family = randomUUID();
+  return { family, refreshToken: await issue(tx, userId, family, ttlSeconds) };
+}
+
+async function issue(tx: Tx, userId: number, familyId: string, ttlSeconds: number): Promise<string> {
+  const token = newSecret('mrt_');
+  await tx.orm.insert(refreshTokens).values({
+    userId,
+    familyId,
+    tokenHash: hashSecret(token),
+    expiresAt: sql`now() + ${ttlSeconds} * interval '1 second'`,
+  });
+  return token;
+}
+
+/**
+ * Spends a refresh token for the next one; undefined when it is not good. A spent one ends its family. It answers instead
+ * of throwing, since that end must be committed although the caller gets a 401.
+ */
+export async function rotateSession(
+  tx: Tx,
+  visitor: Visitor,
+  token: string,
+  ttlSeconds: number,
+): Promise<{ userId: number; family: string; refreshToken: string } | undefined> {
+  const [row] = await tx.orm
+    .select({
+      id: refreshTokens.id,
+      userId: refreshTokens.userId,
+      familyId: refreshTokens.familyId,
+      spentAt: refreshTokens.spentAt,
+      revokedAt: refreshTokens.revokedAt,
+      expired: sql<boolean>`${refreshTokens.expiresAt} <= now()`,
+    })
+    .from(refreshTokens)
+    .where(eq(refreshTokens.tokenHash, hashSecret(token)))
+    .for('update');
+  if (!row || row.revokedAt || row.expired) return undefined;
+  const user = await findUser(tx, row.userId);
+  if (row.spentAt) {
+    await revokeFamily(tx, row.familyId);
+    await recordAudit(
+      tx,
+      { ...visitor, userId: row.userId, role: 'user', scopes: [] },
+      {
+        operation: 'UPDATE',
+        entityType: 'session',
+        entityId: row.id,
+        ownerId: row.userId,
+        changedFields: { revoked: { old: null, new: 'a spent refresh token was used again' } },
+      },
+    );
+    return undefined;
+  }
+  if (!user || user.disabledAt) return undefined;
+  await tx.orm.update(refreshTokens).set({ spentAt: sql`now()` }).where(eq(refreshTokens.id, row.id));
+  const refreshToken = await issue(tx, row.userId, row.familyId, ttlSeconds);
+  return { userId: row.userId, family: row.familyId, refreshToken };
+}
+
+/** Ends the session of a refresh token, whatever became of the token; one that does not exist ends nothing. */
+export async function endSession(tx: Tx, token: string): Promise<void> {
+  const [row] = await tx.orm
+    .select({ familyId: refreshTokens.familyId })
+    .from(refreshTokens)
+    .where(eq(refreshTokens.tokenHash, hashSecret(token)));
+  if (row) await revokeFamily(tx, row.familyId);
+}
+
+async function revokeFamily(tx: Tx, familyId: string): Promise<void> {
+  await tx.orm
+    .update(refreshTokens)
+    .set({ revokedAt: sql`now()` })
+    .where(and(eq(refreshTokens.familyId, familyId), isNull(refreshTokens.revokedAt)));
+}
