@@ -1,6 +1,5 @@
 import cors from '@fastify/cors';
 import helmet from '@fastify/helmet';
-import websocket from '@fastify/websocket';
 import { type FastifyBaseLogger, fastify } from 'fastify';
 import type { ZodTypeProvider } from 'fastify-type-provider-zod';
 import { agentRoutes } from './agents/routes.ts';
@@ -73,11 +72,9 @@ export async function buildServer(
   const { verify, tokens } = await credentials(app, deps, deps.jwtSecret);
   authenticate(app, verify, limits);
   await describeApi(app, version);
-  await app.register(websocket, { options: { maxPayload: 65_536, perMessageDeflate: false } });
-
   const all = { ...deps, limits, drain, tokens };
   healthRoutes(app, all);
-  realtimeRoutes(app, all);
+  await realtimeRoutes(app, all);
   await app.register(
     async (api: App) => {
       authRoutes(api, all);

@@ -56,6 +56,7 @@ export async function startMuster(options: StartOptions): Promise<Running> {
     const relay = await startRelay({ db, bus, logger, directUrl });
     closers.push(() => relay.close());
     const feed = createFeed({ db, bus, logger });
+    feed.start();
     closers.push(() => feed.close());
     const { app, drain } = await buildServer({ ...options, db, bus, feed });
     closers.push(() => app.close());

@@ -329,9 +329,7 @@ export const executions = pgTable(
     index('executions_queue_idx').on(t.priority.desc(), t.availableAt, t.id).where(sql`status = 'queued'`),
     index('executions_agent_running_idx').on(t.agentId).where(sql`status = 'running'`),
     // Serves the scheduler, which wakes agents when a retry's backoff is over.
-    index('executions_available_idx')
-      .on(t.availableAt)
-      .where(sql`status = 'queued'`),
+    index('executions_available_idx').on(t.availableAt).where(sql`status = 'queued'`),
     // Serves the reaper.
     index('executions_lease_idx').on(t.leaseExpiresAt).where(sql`status = 'running'`),
     // Serves overlap rules, pause, delete.
