@@ -50,10 +50,7 @@ async function startEmbedded(
   logger: Logger,
   jwtSecret: string | undefined,
 ): Promise<() => Promise<void>> {
-  const postgres = await startEmbeddedPostgres({
-    dataDir: config.DATA_DIR,
-    log: (line) => logger.debug({ postgres: line }, 'postgres'),
-  });
+  const postgres = await startEmbeddedPostgres({ dataDir: config.DATA_DIR });
   try {
     const running = await startMuster({
       config,

@@ -1,6 +1,6 @@
 import cors from '@fastify/cors';
 import helmet from '@fastify/helmet';
-import { type FastifyBaseLogger, fastify } from 'fastify';
+import { type FastifyBaseLogger, fastify, LogController } from 'fastify';
 import type { ZodTypeProvider } from 'fastify-type-provider-zod';
 import { agentRoutes } from './agents/routes.ts';
 import { credentials } from './auth/credentials.ts';
@@ -27,7 +27,8 @@ export async function buildServer(
   const { config, logger, version } = deps;
   const app = fastify({
     loggerInstance: logger as FastifyBaseLogger,
-    disableRequestLogging: true, // One line a request, below, instead of two.
+    // One line a request, below, instead of two.
+    logController: new LogController({ disableRequestLogging: true, requestIdLogLabel: 'request_id' }),
     genReqId: requestId,
     trustProxy: config.TRUST_PROXY.length > 0 ? config.TRUST_PROXY : false,
     bodyLimit: config.BODY_LIMIT_BYTES,
@@ -87,7 +88,11 @@ export async function buildServer(
   return { app, drain };
 }
 
+/** One line a request; and the request's id goes back to whoever sent it. */
 function logRequests(app: App): void {
+  app.addHook('onRequest', async (request, reply) => {
+    reply.header('x-request-id', request.id);
+  });
   app.addHook('onResponse', async (request, reply) => {
     const entry = { req: request, status: reply.statusCode, ms: Math.round(reply.elapsedTime) };
     if (request.routeOptions.config.limit === 'none') request.log.debug(entry, 'request');

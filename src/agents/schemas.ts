@@ -23,7 +23,7 @@ export const heartbeatBody = z
   .strictObject({
     status: z.enum(['active', 'idle', 'busy', 'offline', 'error']).optional(),
   })
-  .optional()
+  .nullish()
   .meta({ examples: [{ status: 'idle' }] });
 
 export const agentAnswer = z

@@ -1,3 +1,4 @@
+import { setMaxListeners } from 'node:events';
 import type { FastifyInstance } from 'fastify';
 
 /** How long a load balancer gets to see "not ready" before requests are no longer taken. */
@@ -20,6 +21,8 @@ export interface Drain {
  */
 export function createDrain(app: FastifyInstance): Drain {
   const controller = new AbortController();
+  // Every long poll listens.
+  setMaxListeners(0, controller.signal);
   let finished: Promise<void> | undefined;
   app.addHook('onSend', async (_request, reply) => {
     if (controller.signal.aborted) reply.header('connection', 'close');

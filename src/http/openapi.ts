@@ -68,6 +68,11 @@ export async function describeApi(app: FastifyInstance, version: string): Promis
       };
     },
   });
+  app.get(
+    '/openapi.json',
+    { config: { access: { rule: 'public' }, limit: 'none' }, schema: { hide: true } },
+    async () => app.swagger(),
+  );
   await app.register(swaggerUi, {
     routePrefix: '/docs',
     uiConfig: { persistAuthorization: false, tryItOutEnabled: true },

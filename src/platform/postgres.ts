@@ -29,7 +29,9 @@ export function createPool(options: { url: string; size: number; name: string; l
     keepAlive: true,
     types,
   });
-  const onError = (error: Error) => options.logger.warn({ err: error }, 'postgres connection lost');
+  const onError = (error: Error) => {
+    if (!pool.ending) options.logger.warn({ err: error }, 'postgres connection lost');
+  };
   pool.on('error', onError);
   // A client that is checked out reports on itself, not on the pool; unheard, that would end the process.
   pool.on('connect', (client) => client.on('error', onError));
