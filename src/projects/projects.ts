@@ -1,27 +1,41 @@
-import { and, eq, ne, sql } from 'drizzle-orm';
+import { asc, eq, inArray, sql } from 'drizzle-orm';
 import type { Tx } from '../db/database.ts';
 import { projects } from '../db/schema.ts';
 import { invalid } from '../http/problem.ts';
 
 /**
- * Locks the project that a task of `ownerId` is to be in, so that it is not deleted meanwhile. Throws a 400 that names
- * `body.project_id` when that owner has no such project: what a body refers to is a value, and the answer is the same
- * for projects of others and for none, so nobody learns which exist. The task's owner decides and not the caller, or an
- * admin could put one person's tasks into another's project.
+ * Takes a task of `ownerId` out of one project and puts it into another (null: none), as far as the projects are
+ * concerned: their `tasks_count`, kept true in the transaction that writes the task. Locks both, in rising order of id so
+ * that two who move tasks to and fro never wait for each other, and so that neither is deleted meanwhile.
+ *
+ * Throws a 400 that names `body.project_id` when that owner has no such project. What a body refers to is a value, and the
+ * answer is the same for projects of others and for none, so nobody learns which exist. The task's owner decides and not
+ * the caller, or an admin could put one person's tasks into another's project.
  */
-export async function requireProject(tx: Tx, ownerId: number, id: number): Promise<void> {
-  const found = await tx.orm
-    .select({ id: projects.id })
+export async function moveTask(tx: Tx, ownerId: number, from: number | null, to: number | null): Promise<void> {
+  if (from === to) return;
+  const locked = await tx.orm
+    .select({ id: projects.id, userId: projects.userId, status: projects.status })
     .from(projects)
-    .where(and(eq(projects.id, id), eq(projects.userId, ownerId), ne(projects.status, 'deleted')))
+    .where(
+      inArray(
+        projects.id,
+        [from, to].filter((id) => id !== null),
+      ),
+    )
+    .orderBy(asc(projects.id))
     .for('no key update');
-  if (found.length === 0) throw invalid('body.project_id', `there is no project ${id} of this task's owner`);
+  const target = locked.find(({ id }) => id === to);
+  if (to !== null && (target?.userId !== ownerId || target.status === 'deleted')) {
+    throw invalid('body.project_id', `there is no project ${to} of this task's owner`);
+  }
+  if (from !== null) await count(tx, from, -1);
+  if (to !== null) await count(tx, to, 1);
 }
 
-/** Keeps `tasks_count` true: to be called in the transaction that puts a task into a project (1) or takes it out (-1). */
-export async function countTasks(tx: Tx, projectId: number, delta: 1 | -1): Promise<void> {
+async function count(tx: Tx, id: number, delta: 1 | -1): Promise<void> {
   await tx.orm
     .update(projects)
     .set({ tasksCount: sql`${projects.tasksCount} + ${delta}` })
-    .where(eq(projects.id, projectId));
+    .where(eq(projects.id, id));
 }

@@ -8,7 +8,7 @@ import { cancelQueuedExecutions, enqueueExecution, hasRunningExecution } from '.
 import type { Execution } from '../executions/schemas.ts';
 import type { Actor } from '../http/access.ts';
 import { conflict, invalid, Problem } from '../http/problem.ts';
-import { countTasks, requireProject } from '../projects/projects.ts';
+import { moveTask } from '../projects/projects.ts';
 import { emitEvents, type NewEvent } from '../realtime/events.ts';
 import { parseCron } from '../schedule/cron.ts';
 import { nextOccurrence } from '../schedule/occurrences.ts';
@@ -35,8 +35,8 @@ export async function createTask(tx: Tx, actor: Actor, input: CreateTask): Promi
   const schedule = { scheduleCron: input.schedule_cron, timezone: input.timezone, runAt: input.run_at ?? null };
   const now = await databaseNow(tx);
   checkSchedule(schedule, now);
-  if (input.project_id !== null) await requireProject(tx, actor.userId, input.project_id);
   if (input.agent_id !== null) await checkAgent(tx, actor.userId, input.agent_id);
+  await moveTask(tx, actor.userId, null, input.project_id);
   const [task] = await tx.orm
     .insert(tasks)
     .values({
@@ -47,7 +47,6 @@ export async function createTask(tx: Tx, actor: Actor, input: CreateTask): Promi
     })
     .returning();
   if (!task) throw new Error('The insert answered no row.');
-  if (task.projectId !== null) await countTasks(tx, task.projectId, 1);
   await tell(tx, actor, 'CREATE', null, task);
   return task;
 }
@@ -69,7 +68,7 @@ export async function updateTask(
   if (Object.keys(changes).length === 0) return before;
 
   const wanted = { ...before, ...changes };
-  if (changes.projectId != null) await requireProject(tx, before.userId, changes.projectId);
+  await moveTask(tx, before.userId, before.projectId, wanted.projectId);
   if (changes.agentId != null) await checkAgent(tx, before.userId, changes.agentId);
   const zoneMatters = changes.timezone !== undefined && wanted.scheduleCron !== null;
   if (changes.scheduleCron !== undefined || changes.runAt !== undefined || zoneMatters) {
@@ -82,10 +81,6 @@ export async function updateTask(
     if (changes.nextRunAt) changes.status = taskTransition(before.status, 'scheduled') ?? before.status;
   }
   const after = await write(tx, before, changes);
-  if (after.projectId !== before.projectId) {
-    if (before.projectId !== null) await countTasks(tx, before.projectId, -1);
-    if (after.projectId !== null) await countTasks(tx, after.projectId, 1);
-  }
   await tell(tx, actor, 'UPDATE', before, after);
   return after;
 }
@@ -101,7 +96,7 @@ export async function deleteTask(
   requireVersion(before, expected);
   const status = taskTransition(before.status, 'deleted') ?? before.status;
   const after = await write(tx, before, { status, nextRunAt: null });
-  if (after.projectId !== null) await countTasks(tx, after.projectId, -1);
+  await moveTask(tx, before.userId, before.projectId, null);
   await tell(tx, actor, 'DELETE', before, after);
   await cancelQueuedExecutions(tx, actor, after);
   return after;
