@@ -8,7 +8,11 @@ import { join, resolve } from 'node:path';
 const node = process.argv[2] ?? process.execPath;
 const folder = mkdtempSync(join(tmpdir(), 'muster-start-'));
 const started = performance.now();
-const server = spawn(node, [resolve('dist/main.js')], { cwd: folder, env: {}, stdio: ['ignore', 'inherit', 'inherit'] });
+const server = spawn(node, [resolve('dist/main.js')], {
+  cwd: folder,
+  env: {},
+  stdio: ['ignore', 'inherit', 'inherit'],
+});
 const exited = new Promise((done) => server.on('exit', (code, signal) => done(code ?? signal)));
 let gone = false;
 exited.then(() => {
