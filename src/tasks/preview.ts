@@ -34,7 +34,12 @@ export const previewBody = z
     }),
   })
   .meta({
-    examples: [{ schedule_cron: '30 2 * * *', timezone: 'Europe/Rome', from: '2027-03-26T00:00:00Z', count: 4 }],
+    'x-examples': {
+      clockChange: {
+        summary: 'Over a clock change',
+        value: { schedule_cron: '30 2 * * *', timezone: 'Europe/Rome', from: '2027-03-26T00:00:00Z', count: 4 },
+      },
+    },
   });
 
 const run = z.object({

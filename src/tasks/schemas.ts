@@ -68,13 +68,21 @@ const writable = {
   required_capabilities: capabilities,
 };
 
-const TASK_EXAMPLE = {
-  name: 'Morning report',
-  skill_name: 'report',
-  params: { audience: 'team' },
-  schedule_cron: '0 9 * * mon-fri',
-  timezone: 'Europe/Rome',
-  priority: 'high',
+// Examples under this name, since zod leaves out `examples` where a schema transforms what it reads, as instants do.
+const TASK_EXAMPLES = {
+  schedule: {
+    summary: 'On a schedule',
+    value: {
+      name: 'Morning report',
+      skill_name: 'report',
+      params: { audience: 'team' },
+      schedule_cron: '0 9 * * mon-fri',
+      timezone: 'Europe/Rome',
+      priority: 'high',
+    },
+  },
+  once: { summary: 'Once', value: { skill_name: 'deploy', run_at: '2099-01-01T03:00:00Z', max_attempts: 1 } },
+  onDemand: { summary: 'On demand', value: { skill_name: 'report', params: { audience: 'board' } } },
 };
 
 export const createTaskBody = z
@@ -95,14 +103,18 @@ export const createTaskBody = z
     agent_id: writable.agent_id.default(null),
     required_capabilities: capabilities.default([]),
   })
-  .meta({ examples: [TASK_EXAMPLE] });
+  .meta({ 'x-examples': TASK_EXAMPLES });
 export type CreateTask = z.output<typeof createTaskBody>;
 
 export const updateTaskBody = z
   .strictObject(writable)
   .partial()
   .refine((body) => Object.keys(body).length > 0, { error: 'must have at least one field to change' })
-  .meta({ examples: [{ schedule_cron: '*/15 9-17 * * *', priority: 'critical' }] });
+  .meta({
+    'x-examples': {
+      schedule: { summary: 'Another schedule', value: { schedule_cron: '*/15 9-17 * * *', priority: 'critical' } },
+    },
+  });
 export type UpdateTask = z.output<typeof updateTaskBody>;
 
 /** A body that may be left out altogether. */

@@ -73,7 +73,7 @@ export async function updateTask(
   const zoneMatters = changes.timezone !== undefined && wanted.scheduleCron !== null;
   if (changes.scheduleCron !== undefined || changes.runAt !== undefined || zoneMatters) {
     const now = await databaseNow(tx);
-    checkSchedule(wanted, now, before);
+    checkSchedule(wanted, now);
     if (changes.runAt && (await hasTicked(tx, id, changes.runAt))) {
       throw invalid('body.run_at', `is a time at which this task has run; to run it again now, POST /tasks/${id}/run`);
     }
@@ -185,20 +185,16 @@ function firstRun({ scheduleCron, timezone, runAt }: Schedule, now: Date): Date 
   return next ? new Date(next.scheduledFor) : null;
 }
 
-/** Throws a 400 for a schedule that cannot be; a one-off that is as it was `before` may have passed. */
-function checkSchedule(schedule: Schedule, now: Date, before?: Schedule): void {
+/** Throws a 400 for a new schedule that cannot be. */
+function checkSchedule(schedule: Schedule, now: Date): void {
   const { scheduleCron, runAt } = schedule;
   if (scheduleCron !== null && runAt !== null) {
-    const message = before
-      ? 'cannot stand beside schedule_cron; set the other one to null'
-      : 'cannot stand beside schedule_cron; give one of them';
-    throw invalid('body.run_at', message);
+    throw invalid('body.run_at', 'cannot stand beside schedule_cron: leave one of them out, or set it to null');
   }
   if (scheduleCron !== null && firstRun(schedule, now) === null) {
     throw invalid('body.schedule_cron', 'never fires again');
   }
-  const isNew = runAt?.getTime() !== before?.runAt?.getTime();
-  if (runAt !== null && isNew && runAt.getTime() < now.getTime() - PAST_TOLERANCE_MS) {
+  if (runAt !== null && runAt.getTime() < now.getTime() - PAST_TOLERANCE_MS) {
     throw invalid('body.run_at', 'has passed; leave it out and run the task now by POST /tasks/{id}/run');
   }
 }

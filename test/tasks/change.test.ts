@@ -1,4 +1,6 @@
+import pg from 'pg';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { SCHEDULE_TOPIC } from '../../src/scheduler/scheduler.ts';
 import { startServer, type TestServer } from '../support/server.ts';
 import { complete, makeAgent, makeTask, unique, until } from '../support/work.ts';
 import { auditOf, eventsOf, expectProblem, makeProject, tasksCount, tracesOf } from './traces.ts';
@@ -196,9 +198,13 @@ describe('PUT /tasks/{id}', () => {
   ])('a %s one-off that gets a new time waits again', async (ended, status) => {
     const { task, run } = await running();
     expect((await complete(user.call, run, { status })).status).toBe(200);
+    await server.db.query({
+      text: `update tasks set run_at = run_at - interval '1 hour' where id = $1`,
+      values: [task.id],
+    });
     const before = await get(task.id);
     expect(before).toMatchObject({ status: ended, next_run_at: null });
-    // Its old time has passed; sending it along changes nothing.
+    // Its old time has long passed; sending it along changes nothing.
     const renamed = await put(task.id, { run_at: before.run_at, name: 'Again' });
     expect(renamed.body).toMatchObject({ status: ended, name: 'Again', next_run_at: null });
     const run_at = inMs(HOUR);
@@ -580,6 +586,35 @@ describe('POST /tasks/{id}/pause and /resume', () => {
   test('take no body fields and no query', async () => {
     const task = await makeTask(user.call);
     expectProblem(await user.call('POST', `/tasks/${task.id}/pause?for=1h`), 400, 'query.for');
+  });
+});
+
+describe('the scheduler', () => {
+  test('is woken for every new next time, in every process', async () => {
+    const listener = new pg.Client({ connectionString: server.databaseUrl });
+    await listener.connect();
+    const heard: string[] = [];
+    listener.on('notification', ({ payload = '{}' }) => {
+      const { rings = [] } = JSON.parse(payload) as { rings?: [topic: string, details: string[] | null][] };
+      for (const [topic, details] of rings) if (topic === SCHEDULE_TOPIC) heard.push(...(details ?? []));
+    });
+    try {
+      await listener.query('listen muster');
+      const task = await makeTask(user.call, { schedule_cron: '@yearly', timezone: 'Asia/Tokyo' });
+      const moved = await put(task.id, { timezone: 'Asia/Kathmandu' });
+      await post(task.id, 'pause');
+      const changed = await put(task.id, { timezone: 'Asia/Yangon' });
+      expect(changed.body.next_run_at).toBe(null);
+      const resumed = await post(task.id, 'resume');
+      const times = [task.next_run_at, moved.body.next_run_at, resumed.body.next_run_at];
+      expect(new Set(times).size).toBe(3);
+      await until(
+        async () => heard,
+        (all) => times.every((time) => all.includes(time)),
+      );
+    } finally {
+      await listener.end();
+    }
   });
 });
 

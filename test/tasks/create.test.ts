@@ -193,6 +193,27 @@ describe('POST /tasks', () => {
     expect(await waiting).toMatchObject({ task_id: task.id, scheduled_for: run_at });
   });
 
+  test('and its siblings take the examples that the API document gives', async () => {
+    const task = await makeTask(user.call);
+    const { paths } = (await server.admin('GET', '//openapi.json')).body;
+    for (const [method, path, success] of [
+      ['POST', '/tasks', 201],
+      ['POST', '/tasks/preview', 200],
+      ['PUT', '/tasks/{id}', 200],
+      ['POST', '/tasks/{id}/run', 202],
+    ] as const) {
+      const { example, examples } =
+        paths[`/api/v1${path}`][method.toLowerCase()].requestBody.content['application/json'];
+      const bodies = example
+        ? [example]
+        : Object.values(examples as Record<string, { value: unknown }>).map((e) => e.value);
+      expect(bodies.length).toBeGreaterThan(0);
+      for (const body of bodies) {
+        expect((await user.call(method, path.replace('{id}', String(task.id)), body)).status).toBe(success);
+      }
+    }
+  });
+
   test('counts a project right when many create at once', async () => {
     const project = await makeProject(server, user.id);
     await Promise.all(Array.from({ length: 20 }, () => makeTask(user.call, { project_id: project })));
