@@ -114,28 +114,25 @@ async function serve(place: Place, giveFree: () => void): Promise<EmbeddedPostgr
   const removeSocket = async () => {
     if (socket.temporary) await rm(socket.folder, { recursive: true, force: true });
   };
-  let server: ChildProcess | undefined;
   try {
-    const launched = await launch(place, socket.setting);
-    server = launched;
     const url = `postgres://muster@${encodeURIComponent(socket.folder)}:${PORT}/muster?sslmode=disable`;
-    const firstStart = await ensureDatabase(url);
+    const { server, madeDatabase } = await launch(place, socket.setting, url);
     let stopped: Promise<void> | undefined;
     const stop = async () => {
-      await endPostgres(launched);
+      await endPostgres(server);
       await removeSocket();
       giveFree();
     };
     const exited = new Promise<{ code: number | null; reason: string }>((resolve) => {
-      void exitOf(launched).then((code) => {
+      void exitOf(server).then((code) => {
         if (stopped) return;
-        const how = launched.signalCode ?? `exit code ${code}`;
+        const how = code !== null && code > 128 ? `signal ${code - 128}` : `exit code ${code}`;
         resolve({ code, reason: `Postgres ended by ${how}; its log ends with: ${journal.lastLine()}` });
       });
     });
     return {
       url,
-      firstStart,
+      firstStart: madeDatabase,
       exited,
       stop: () => {
         stopped ??= stop();
@@ -143,7 +140,6 @@ async function serve(place: Place, giveFree: () => void): Promise<EmbeddedPostgr
       },
     };
   } catch (error) {
-    if (server) await endPostgres(server);
     await removeSocket();
     throw error;
   }
@@ -222,8 +218,12 @@ function settings(fsync: boolean, socketFolder: string): Record<string, string |
   };
 }
 
-/** Starts the server and answers when it takes connections. */
-async function launch(place: Place, socketFolder: string): Promise<ChildProcess> {
+/** Starts the server and answers when it serves the database. On failure nothing runs. */
+async function launch(
+  place: Place,
+  socketFolder: string,
+  url: string,
+): Promise<{ server: ChildProcess; madeDatabase: boolean }> {
   const { dataDir, pgdata, binaries, journal } = place;
   const given = Object.entries(settings(place.fsync, socketFolder)).flatMap(([name, value]) => [
     '-c',
@@ -232,9 +232,15 @@ async function launch(place: Place, socketFolder: string): Promise<ChildProcess>
   const clearUntil = performance.now() + CLEAR_TIMEOUT_MS;
   for (;;) {
     await clearOrphans(place);
+    const before = await postmasterPid(pgdata);
     const args = ['-D', pgdataArgument(place), ...given];
     const server = await spawnWatched(binaries.postgres, args, { ...place, cwd: pgdata, output: journal.fd });
-    if (await becomesReady(server, pgdata)) return server;
+    try {
+      if (await becomesReady(server, pgdata, before)) return { server, madeDatabase: await requireDatabase(url) };
+    } catch (error) {
+      await endPostgres(server);
+      throw error;
+    }
     await endPostgres(server);
     // One that was only just starting may have come to light after we looked.
     const inUse = /lock file ".*" already exists|pre-existing shared memory block/.test(journal.tail());
@@ -243,13 +249,13 @@ async function launch(place: Place, socketFolder: string): Promise<ChildProcess>
   }
 }
 
-/** False when it ended first, or did not get there in a minute. */
-async function becomesReady(server: ChildProcess, pgdata: string): Promise<boolean> {
+/** False when it ended first, or did not get there in a minute. `before`: the pid file of one that crashed, or ''. */
+async function becomesReady(server: ChildProcess, pgdata: string, before: string): Promise<boolean> {
   const deadline = performance.now() + START_TIMEOUT_MS;
   while (!hasEnded(server) && performance.now() < deadline) {
     // The eighth line is where the postmaster tells pg_ctl its state (src/include/utils/pidfile.h).
-    const lines = (await postmasterPid(pgdata)).split('\n');
-    if (Number(lines[0]) === server.pid && lines[7]?.trim() === 'ready') return true;
+    const now = await postmasterPid(pgdata);
+    if (now !== before && now.split('\n')[7]?.trim() === 'ready') return true;
     await delay(10);
   }
   return false;
@@ -288,7 +294,7 @@ function tell(pid: number, signal: NodeJS.Signals): void {
 }
 
 /** Makes the database `muster` unless it is there; answers whether it did. */
-async function ensureDatabase(url: string): Promise<boolean> {
+async function requireDatabase(url: string): Promise<boolean> {
   const maintenance = new URL(url);
   maintenance.pathname = '/postgres';
   const client = createClient({ url: maintenance.href, name: 'muster-launcher', queryTimeoutMs: 0 });

@@ -11,32 +11,41 @@ import type { Account } from './postgres-binaries.ts';
  * Nothing in Node runs after kill -9, so something outside must see our death: a shell that reads a pipe whose other end
  * this process alone holds. The kernel closes that end whatever happened here. PR_SET_PDEATHSIG would need native code,
  * exists on Linux only and is lost when the user changes.
- */
-
-/**
- * The program takes the place of the first shell, so the child that Node sees is the program itself, with its own exit
- * code. The second shell, in the background, is the watchdog; it belongs to init, since Postgres would take an unknown
- * child's end for a crash. The pid it signals ($$) cannot have become another's: the watchdog is in the session of that
- * number, and the kernel gives no number out that a session has.
+ *
+ *     Node ── sh ─┬─ watchdog: reads the pipe, then signals the group
+ *                 └─ Postgres ── its children, each in a session of its own
+ *
+ * The three are one session and process group, so Ctrl-C in the terminal does not reach them, and a signal to the group
+ * reaches Postgres without anybody knowing its pid, which could be another's by then. The shells ignore what they send.
+ * The first shell exists to reap the other two: left to a PID 1 that does not reap, as in many containers, a dead
+ * postmaster would stay a zombie, which the next one takes for alive.
  */
 const WATCHED = `
+trap '' HUP INT QUIT TERM
 exec 3<&0 </dev/null
-( (
-  trap '' HUP INT QUIT TERM
+(
   read -r _ <&3
-  for signal in INT QUIT KILL; do
-    kill -s $signal $$ || exit
-    for second in 1 2 3 4 5; do sleep 1; kill -0 $$ || exit; done
+  for signal in INT INT INT INT INT QUIT QUIT QUIT QUIT QUIT KILL; do
+    kill -s $signal 0
+    sleep 1
   done
-) >/dev/null 2>&1 & )
+) >/dev/null 2>&1 &
 exec 3<&-
-exec "$@"
+(
+  trap - HUP INT QUIT TERM
+  exec "$@"
+)
+code=$?
+kill -s KILL $!
+wait $! 2>/dev/null
+exit $code
 `;
 
 /**
- * Runs `program` as `account` (undefined: as ourselves) in `cwd`, which it enters before it becomes that user. It is in
- * a session of its own, where Ctrl-C does not reach, and when this process ends in any way it gets SIGINT, then after
- * 5 s each SIGQUIT and SIGKILL. Its output goes to the descriptor `output`. Rejects when it cannot be spawned.
+ * Runs `program` as `account` (undefined: as ourselves) in `cwd`, which it enters before it becomes that user. When this
+ * process ends in any way it gets SIGINT, after 5 s SIGQUIT and after 10 s SIGKILL. Its output goes to the descriptor
+ * `output`; its exit code is the child's, with 128 and the signal for one that a signal ended. Rejects when it cannot be
+ * spawned.
  */
 export async function spawnWatched(
   program: string,
@@ -60,23 +69,23 @@ export function hasEnded(child: ChildProcess): boolean {
   return child.exitCode !== null || child.signalCode !== null;
 }
 
-/** Waits for the end; answers the exit code, or null when a signal ended it. */
+/** Waits for the end of what `spawnWatched` started; answers its exit code, or null when the shell around it was killed. */
 export async function exitOf(child: ChildProcess): Promise<number | null> {
   if (!hasEnded(child)) await once(child, 'exit');
   return child.exitCode;
 }
 
 /** Postgres's fast shutdown; after 10 s its immediate one; after 5 s more SIGKILL. Answers when it has ended. */
-export async function endPostgres(server: ChildProcess): Promise<void> {
+export async function endPostgres(child: ChildProcess): Promise<void> {
   for (const [signal, patience] of [
     ['SIGINT', 10_000],
     ['SIGQUIT', 5_000],
     ['SIGKILL', 5_000],
   ] as const) {
-    if (hasEnded(server)) return;
-    server.kill(signal);
+    if (hasEnded(child) || child.pid === undefined) return;
+    process.kill(-child.pid, signal);
     const timer = new AbortController();
-    await Promise.race([exitOf(server), delay(patience, undefined, { signal: timer.signal }).catch(() => {})]);
+    await Promise.race([exitOf(child), delay(patience, undefined, { signal: timer.signal }).catch(() => {})]);
     timer.abort();
   }
 }
