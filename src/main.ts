@@ -1,11 +1,11 @@
 import { readFileSync } from 'node:fs';
 import { createServer } from 'node:net';
 import closeWithGrace from 'close-with-grace';
-import { ensureFirstAdmin } from './auth/first-admin.ts';
+import { ensureFirstAdmin, type FirstAdmin } from './auth/first-admin.ts';
 import { loadJwtSecret } from './auth/jwt-secret.ts';
 import { type Config, readConfig } from './config.ts';
 import { startEmbeddedPostgres } from './platform/embedded-postgres.ts';
-import { createLogger, type Logger } from './platform/logger.ts';
+import { createLogger } from './platform/logger.ts';
 import { StartupError } from './platform/startup-error.ts';
 import { listenError, startMuster } from './start.ts';
 
@@ -20,61 +20,48 @@ async function main(): Promise<void> {
   await requireFreePort(config);
   const jwtSecret = await loadJwtSecret(config);
 
-  let close = async (): Promise<void> => {};
+  // What is started comes off in the opposite order, also when the signal arrives in the middle of the start.
+  const closers: (() => Promise<void>)[] = [];
   closeWithGrace({ delay: config.SHUTDOWN_TIMEOUT_SECONDS * 1000, logger }, async ({ signal, err }) => {
     if (err) logger.fatal({ err }, 'stopping after an error that nobody handled');
     else logger.info({ signal }, 'stopping');
-    await close();
+    for (let close = closers.pop(); close; close = closers.pop()) await close();
     logger.info('stopped');
   });
 
-  if (config.DATABASE_URL === undefined) {
-    close = await startEmbedded(config, logger, jwtSecret);
-  } else {
-    const running = await startMuster({
-      config,
-      logger,
-      databaseUrl: config.DATABASE_URL,
-      directUrl: config.DATABASE_DIRECT_URL ?? config.DATABASE_URL,
-      jwtSecret,
-      version,
-    });
-    close = running.stop;
-    print(greeting(running.url));
-  }
-}
-
-/** Starts our own Postgres and the server on it; answers what closes both. */
-async function startEmbedded(
-  config: Config,
-  logger: Logger,
-  jwtSecret: string | undefined,
-): Promise<() => Promise<void>> {
-  const postgres = await startEmbeddedPostgres({ dataDir: config.DATA_DIR });
-  try {
-    const running = await startMuster({
-      config,
-      logger,
-      databaseUrl: postgres.url,
-      directUrl: postgres.url,
-      jwtSecret,
-      version,
-    });
+  let { DATABASE_URL: databaseUrl, DATABASE_DIRECT_URL: directUrl = databaseUrl } = config;
+  if (databaseUrl === undefined) {
+    const postgres = await startEmbeddedPostgres({ dataDir: config.DATA_DIR });
     let closing = false;
+    closers.push(() => {
+      closing = true;
+      return postgres.stop();
+    });
     void postgres.exited.then((how) => {
       if (closing) return;
       logger.fatal(how, 'Postgres ended; start Muster again, it recovers by itself');
       process.exit(1);
     });
-    const admin = await ensureFirstAdmin(running.db, config.DATA_DIR);
+    databaseUrl = directUrl = postgres.url;
+  }
+
+  let admin: FirstAdmin | undefined;
+  try {
+    const running = await startMuster({
+      config,
+      logger,
+      databaseUrl,
+      directUrl: directUrl ?? databaseUrl,
+      jwtSecret,
+      version,
+      prepare: async (db) => {
+        if (config.embedded) admin = await ensureFirstAdmin(db, config.DATA_DIR);
+      },
+    });
+    closers.push(running.stop);
     print(greeting(running.url, admin));
-    return async () => {
-      closing = true;
-      await running.stop();
-      await postgres.stop();
-    };
   } catch (error) {
-    await postgres.stop();
+    for (let close = closers.pop(); close; close = closers.pop()) await close();
     throw error;
   }
 }
@@ -93,7 +80,7 @@ async function requireFreePort({ HOST: host, PORT: port }: Config): Promise<void
   }
 }
 
-function greeting(url: string, admin?: { key: string; file: string; made: boolean }): string {
+function greeting(url: string, admin: FirstAdmin | undefined): string {
   const lines = [`Muster ${version}`, `  server   ${url}`, `  docs     ${url}/docs`];
   if (admin?.made) lines.push(`  admin    ${admin.key}`, `           (shown this once; kept in ${admin.file})`);
   if (admin) {

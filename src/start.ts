@@ -30,6 +30,8 @@ export interface StartOptions {
   directUrl: string;
   jwtSecret: string | undefined;
   version: string;
+  /** What must be done on the migrated database before anybody can call. */
+  prepare?: (db: Database) => Promise<void>;
 }
 
 /**
@@ -53,6 +55,7 @@ export async function startMuster(options: StartOptions): Promise<Running> {
     const bus = await createPostgresBus({ pool, directUrl, logger });
     closers.push(() => bus.close());
     const db = createDatabase(pool, bus);
+    await options.prepare?.(db);
     const relay = await startRelay({ db, bus, logger, directUrl });
     closers.push(() => relay.close());
     const feed = createFeed({ db, bus, logger });

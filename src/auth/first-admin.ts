@@ -9,6 +9,14 @@ import { readSecret, writeSecret } from './secret-file.ts';
 import { hashSecret } from './tokens.ts';
 import { createUser, findUserByEmail } from './users.ts';
 
+export interface FirstAdmin {
+  key: string;
+  /** Where the key is kept. */
+  file: string;
+  /** True when the key is new. */
+  made: boolean;
+}
+
 const EMAIL = 'admin@localhost';
 const KEY_NAME = 'first admin';
 
@@ -18,10 +26,7 @@ const KEY_NAME = 'first admin';
  * when the key is new. The file is written before the commit: a crash in between leaves a file whose key is none, and the
  * next start heals it.
  */
-export async function ensureFirstAdmin(
-  db: Database,
-  dataDir: string,
-): Promise<{ key: string; file: string; made: boolean }> {
+export async function ensureFirstAdmin(db: Database, dataDir: string): Promise<FirstAdmin> {
   const file = join(dataDir, 'admin-key');
   return db.transaction(async (tx) => {
     await tx.query({ text: 'select pg_advisory_xact_lock($1, $2)', values: [...LOCKS.firstAdmin] });

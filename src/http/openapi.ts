@@ -1,7 +1,7 @@
 import swagger from '@fastify/swagger';
 import swaggerUi from '@fastify/swagger-ui';
 import type { FastifyInstance } from 'fastify';
-import { createJsonSchemaTransform } from 'fastify-type-provider-zod';
+import { createJsonSchemaTransform, createJsonSchemaTransformObject } from 'fastify-type-provider-zod';
 import type { OpenAPIV3_1 } from 'openapi-types';
 import { PROBLEMS } from './problem.ts';
 import { simplifyNullable } from './validation.ts';
@@ -28,7 +28,9 @@ const problemSchema: OpenAPIV3_1.SchemaObject = {
   },
 };
 
-const transform = createJsonSchemaTransform({ zodToJsonConfig: { override: simplifyNullable } });
+const options = { zodToJsonConfig: { override: simplifyNullable } };
+const transform = createJsonSchemaTransform(options);
+const transformObject = createJsonSchemaTransformObject(options);
 
 /** Makes the OpenAPI 3.1 document from the routes that follow, and serves it and a page to try calls from. */
 export async function describeApi(app: FastifyInstance, version: string): Promise<void> {
@@ -47,6 +49,7 @@ export async function describeApi(app: FastifyInstance, version: string): Promis
         schemas: { Problem: problemSchema },
       },
     },
+    transformObject: (document) => withoutUnused(transformObject(document)),
     transform: (route) => {
       const { schema, url } = transform(route);
       const access = route.route.config?.access;
@@ -84,4 +87,17 @@ function describeAccess(description: string | undefined, access: { rule: string;
   const who = { self: 'whoever is signed in', owner: 'the owner or an admin', admin: 'admins' }[access.rule];
   const rule = `For ${who}; an API key needs the scope \`${access.scopes.join('` or `')}\`.`;
   return description ? `${description}\n\n${rule}` : rule;
+}
+
+/** Drops schemas that nothing refers to: every one comes in a variant for input and one for output. */
+function withoutUnused<T extends object>(document: T): T {
+  const { components } = document as { components?: { schemas?: Record<string, unknown> } };
+  const schemas = components?.schemas ?? {};
+  for (let dropped = true; dropped; ) {
+    const text = JSON.stringify(document);
+    const unused = Object.keys(schemas).filter((name) => !text.includes(`"#/components/schemas/${name}"`));
+    for (const name of unused) delete schemas[name];
+    dropped = unused.length > 0;
+  }
+  return document;
 }

@@ -1,5 +1,5 @@
 import type { Tx } from '../db/database.ts';
-import { type EVENT_TOPICS, eventOutbox } from '../db/schema.ts';
+import type { EVENT_TOPICS } from '../db/schema.ts';
 
 /** Every type of event there is, and the topic that a subscriber names to get it. */
 export const EVENT_TYPES = {
@@ -28,23 +28,28 @@ export interface NewEvent {
 /** The bus topic that is rung when events were written. */
 export const OUTBOX_TOPIC = 'outbox';
 
-/** The row of the outbox for an event. */
-export function outboxRow(event: NewEvent): typeof eventOutbox.$inferInsert {
-  return {
-    type: event.type,
-    topic: EVENT_TYPES[event.type],
-    userId: event.userId,
-    shared: event.shared ?? false,
-    taskId: event.taskId ?? null,
-    projectId: event.projectId ?? null,
-    agentId: event.agentId ?? null,
-    data: JSON.stringify(event.data),
-  };
-}
+/** One parameter for any number of events: a list of values would be planned anew for every length. */
+const WRITE = {
+  name: 'events-write',
+  text: `
+    insert into event_outbox (user_id, shared, topic, type, task_id, project_id, agent_id, data)
+    select * from jsonb_to_recordset($1) as e(
+      user_id bigint, shared boolean, topic text, type text, task_id bigint, project_id bigint, agent_id bigint, data text)`,
+};
 
 /** Writes events in the transaction that caused them, in their order, and wakes the relay when it has committed. */
 export async function emitEvents(tx: Tx, events: readonly NewEvent[]): Promise<void> {
   if (events.length === 0) return;
-  await tx.orm.insert(eventOutbox).values(events.map(outboxRow));
+  const rows = events.map((event) => ({
+    user_id: event.userId,
+    shared: event.shared ?? false,
+    topic: EVENT_TYPES[event.type],
+    type: event.type,
+    task_id: event.taskId,
+    project_id: event.projectId,
+    agent_id: event.agentId,
+    data: JSON.stringify(event.data),
+  }));
+  await tx.query({ ...WRITE, values: [JSON.stringify(rows)] });
   tx.ring(OUTBOX_TOPIC);
 }

@@ -62,7 +62,9 @@ function parse(expression: string): CronFields {
   if (!/^[\x21-\x7e]+(?: +[\x21-\x7e]+)*$/.test(text)) {
     throw new CronError('expression', 'The expression may hold only plain characters, with spaces between the fields.');
   }
-  if (!text.startsWith('@')) checkFields(text.split(/ +/));
+  const parts = text.startsWith('@') ? undefined : text.split(/ +/);
+  // `?` and `H` would be taken, as `*` and as a choice at random; letters of names are no `H`.
+  if (parts && (parts.length < 5 || parts.length > 6 || /[?H]/.test(text.replace(/thu|mar/gi, '')))) checkFields(parts);
   let fields: ReturnType<typeof CronExpressionParser.parse>['fields'];
   try {
     fields = CronExpressionParser.parse(text.startsWith('@') ? text.toLowerCase() : text.replace(/ +/g, ' ')).fields;
@@ -73,6 +75,7 @@ function parse(expression: string): CronFields {
         `${text} is no name of a schedule: use @yearly, @monthly, @weekly, @daily or @hourly.`,
       );
     }
+    if (parts) checkFields(parts);
     // Each field is good by itself, so it is the day that no named month has.
     throw neverFires(text);
   }

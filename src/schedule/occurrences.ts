@@ -45,10 +45,15 @@ export function nextOccurrence(
   // Ticks are whole seconds: the first one after.
   const from = Math.floor(afterMs / 1000) * 1000 + 1000;
   const horizon = Math.min(from + HORIZON_YEARS * 365.25 * DAY, Date.UTC(9999, 11, 30));
-  let segment = segmentAt(zone, from);
-  for (let at = from; at < horizon; at = segment.end, segment = segmentAt(zone, at)) {
+  for (let at = from; at < horizon; ) {
+    const segment = segmentAt(zone, at);
     const found = nextInSegment(cron, zone, segment, at, gap, fold);
     if (found) return found;
+    // What lies in years to come is looked for on a clock without zones first: only where it says there may be something
+    // are segments worth their making. No zone is further than a day from it, and no gap or fold is longer.
+    const ahead = nextWall(cron, segment.end - DAY, horizon + DAY);
+    if (ahead === undefined) return undefined;
+    at = Math.max(segment.end, ahead - 2 * DAY);
   }
   return undefined;
 }
