@@ -20,7 +20,7 @@ const LAST_CLAIM_MS = 1_000;
 const OUTPUT_BYTES = 1_048_576;
 const ERROR_BYTES = 4_096;
 const PROGRESS_EVERY_MS = 1_000;
-const MAX_BEAT_MS = 10_000;
+const MAX_BEAT_MS = 5_000;
 const MIN_BEAT_MS = 250;
 
 export interface Agent {
