@@ -78,8 +78,11 @@ export async function describeApi(app: FastifyInstance, version: string): Promis
   );
   await app.register(swaggerUi, {
     routePrefix: '/docs',
-    uiConfig: { persistAuthorization: false, tryItOutEnabled: true },
-    staticCSP: true,
+    theme: { title: 'Muster' },
+    uiConfig: { layout: 'BaseLayout', tryItOutEnabled: true, docExpansion: 'list' },
+    // The page needs its own scripts and inline styles, and calls this server alone; over http as well as https.
+    staticCSP:
+      "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; frame-ancestors 'none'",
   });
 }
 

@@ -167,11 +167,12 @@ function readCommands(tokens: readonly Token[]): Map<string, string> {
 }
 
 function readServer(values: Values, env: Env, folder: string): ServerOptions {
-  const server = (text(values['server']) ?? env['MUSTER_SERVER'] ?? 'http://127.0.0.1:8080').replace(/\/+$/, '');
+  const server = (text(values['server']) ?? text(env['MUSTER_SERVER']) ?? 'http://127.0.0.1:8080').replace(/\/+$/, '');
   if (!URL.canParse(server) || !['http:', 'https:'].includes(new URL(server).protocol)) {
     throw new UsageError('--server must be a URL such as http://127.0.0.1:8080.');
   }
-  const key = text(values['key']) ?? env['MUSTER_KEY'] ?? readKeyFile(resolve(folder, env['DATA_DIR'] ?? '.muster'));
+  const key =
+    text(values['key']) ?? text(env['MUSTER_KEY']) ?? readKeyFile(resolve(folder, text(env['DATA_DIR']) ?? '.muster'));
   if (!/^[\w.~+/=-]+$/.test(key)) throw new UsageError('--key must be an API key or an access token.');
   return { server, key };
 }
