@@ -95,6 +95,7 @@ export async function startEmbeddedPostgres(options: EmbeddedPostgresOptions): P
     lock = lockFolder(dataDir);
     const pgdata = join(dataDir, 'postgres');
     const account = await chooseAccount(pgdata);
+    // Root's data folder is closed to the user that Postgres runs as; a temporary folder loses files that are old.
     const copyTo = [account ? '/var/cache' : dataDir, tmpdir()];
     const binaries = await readyBinaries({ native, copyTo, account, log });
     journal = openPostgresLog(join(dataDir, 'postgres.log'));

@@ -12,7 +12,8 @@ import { StartupError } from './startup-error.ts';
  * come from an install script, which `--ignore-scripts` and npm 12 skip. And a server started by root runs Postgres as
  * another user, who may not get as far as node_modules when the project lies below a folder such as /root. Instead of
  * guessing at modes, ACLs and mount options we try: make the links, ask each program for its version as the user who
- * will run it, and when that fails do the same with a copy elsewhere.
+ * will run it, and when that fails do the same with a copy elsewhere. A copy takes 60 MB, is made once for a version and
+ * user, and stays.
  */
 
 /** The user that Postgres runs as, when that is not the user of this process. */
