@@ -22,12 +22,19 @@ import { OUTBOX_TOPIC } from './events.ts';
 // The invariant: ids in `events` are given in the order in which they become visible. It holds because ids are only given
 // under a lock that the transaction keeps until it has committed (LOCKS.relayOrder), so the next batch gets its first id
 // when the one before can be seen. That lock alone makes any number of relays correct; that there is but one at work is
-// thrift. The leader holds LOCKS.relayLeader on a connection of its own: when it dies, so does its session, and another
-// process gets the lock at its next try, a second later at most. A leader that was cut off and does not know it yet may go
-// on beside the new one without harm.
+// thrift. The leader holds LOCKS.relayLeader in a session of its own, and every other process tries for it once a second.
 //
-// What may fail: a crash before the commit of a batch moves nothing, and one after it only delays the ring, which feeds
-// make up for by looking by themselves. Nothing is sent that is not in `events`, so whoever resumes finds what was sent.
+// What may fail:
+// - The leader dies: its session dies with it, and the next try of another process succeeds.
+// - It hangs, or the network swallows its connection, which Postgres would not notice for hours: the session proves itself
+//   every second, and Postgres ends one that it has not heard of for three. A leader that hangs in the middle of a batch
+//   holds up the order for as long.
+// - It was cut off and does not know it yet: it may go on beside the new one, since the fence is what counts.
+// - It crashes before a batch has committed: nothing has moved. After that: the ring is lost, and feeds look by themselves.
+// Nothing is sent that is not in `events`, so whoever resumes finds what was sent.
+//
+// Old events are deleted from the front only, in the order of their ids: what is kept has no holes, so the first id that is
+// kept tells whether somebody who resumes has missed anything.
 
 /** The bus topic that is rung when events got their place. */
 export const EVENTS_TOPIC = 'events';
@@ -40,8 +47,16 @@ const PROBE_TIMEOUT_MS = 2_000;
 export const EVENTS_KEPT_HOURS = 24;
 const PRUNE_EVERY_MS = 60_000;
 const PRUNE_BATCH = 5_000;
+/** How long Postgres waits for a word of the leader, be it in its session or between the statements of a batch. */
+const SILENT_LEADER_MS = 3_000;
 
-const ORDER = { name: 'relay-order', text: 'select pg_advisory_xact_lock($1, $2)', values: [...LOCKS.relayOrder] };
+const ORDER = {
+  name: 'relay-order',
+  text: `
+    select pg_advisory_xact_lock($1, $2),
+      set_config('idle_in_transaction_session_timeout', '${SILENT_LEADER_MS}', true)`,
+  values: [...LOCKS.relayOrder],
+};
 
 const MOVE = {
   name: 'relay-move',
@@ -53,14 +68,19 @@ const MOVE = {
     select user_id, shared, topic, type, task_id, project_id, agent_id, data, created_at from moved order by id`,
 };
 
-/** Bounded, and never the newest event: the last id must stay known. */
+/**
+ * The oldest events, up to the first that is young enough. By id and not by time, which is when a transaction began: the
+ * one of a long transaction lies before that of its neighbours. The newest event stays: the last id must stay known.
+ */
 const PRUNE = {
   name: 'relay-prune',
   text: `
-    delete from events where event_id in (
-      select event_id from events where created_at < now() - interval '${EVENTS_KEPT_HOURS} hours'
-        and event_id < (select max(event_id) from events)
-      order by created_at limit ${PRUNE_BATCH})`,
+    with oldest as (
+      select event_id, created_at < now() - interval '${EVENTS_KEPT_HOURS} hours' as old
+      from events order by event_id limit ${PRUNE_BATCH}
+    )
+    delete from events where event_id < (
+      select coalesce(min(event_id) filter (where not old), max(event_id)) from oldest)`,
 };
 
 export interface Relay {
@@ -79,46 +99,53 @@ export async function relayBatch(db: Database): Promise<number> {
   });
 }
 
-/** Takes part in relaying: leads when nobody else does, else stands by. */
+/** Deletes a batch of the events that need not be kept any longer; answers whether there may be more of them. */
+export async function pruneBatch(db: Database): Promise<boolean> {
+  const { rowCount } = await db.query(PRUNE);
+  return rowCount === PRUNE_BATCH - 1;
+}
+
+/** Takes part in relaying: leads when nobody else does, else stands by. Returns at once; `isLeader` tells what became of it. */
 export async function startRelay(deps: { db: Database; bus: Bus; logger: Logger; directUrl: string }): Promise<Relay> {
   const { db, bus, logger, directUrl } = deps;
-  let session: pg.Client | undefined;
+  let session: { client: pg.Client; leads: boolean } | undefined;
   let prunedAt = Number.NEGATIVE_INFINITY;
 
-  const lead = async (): Promise<boolean> => {
-    if (session) {
-      // Proof that the lock is held still: a session that does not answer may have lost it.
-      await session.query('select 1');
-      return true;
-    }
+  const open = async () => {
     const client = createClient({ url: directUrl, name: 'muster-relay', queryTimeoutMs: PROBE_TIMEOUT_MS });
     const lost = () => {
-      if (session === client) session = undefined;
+      if (session?.client === client) session = undefined;
     };
     client.on('error', lost);
     client.on('end', lost);
     try {
       await client.connect();
-      const { rows } = await client.query<{ led: boolean }>('select pg_try_advisory_lock($1, $2) as led', [
-        ...LOCKS.relayLeader,
-      ]);
-      if (rows[0]?.led) {
-        session = client;
-        logger.debug('this process relays events now');
-        return true;
-      }
+      await client.query(`set idle_session_timeout = ${SILENT_LEADER_MS}`);
     } catch (error) {
       client.end().catch(() => {});
       throw error;
     }
-    await client.end().catch(() => {});
-    return false;
+    return { client, leads: false };
+  };
+  const stepDown = () => {
+    const client = session?.client;
+    session = undefined;
+    // Not waited for: a connection that only this side believes in would never end in order.
+    client?.end().catch(() => {});
   };
 
-  const stepDown = () => {
-    const client = session;
-    session = undefined;
-    client?.end().catch(() => {});
+  /** Whether this process leads now. Asks Postgres: a session that does not answer may have lost the lock. */
+  const lead = async (): Promise<boolean> => {
+    session ??= await open();
+    const current = session;
+    const { rows } = current.leads
+      ? await current.client.query<{ leads: boolean }>('select true as leads')
+      : await current.client.query<{ leads: boolean }>('select pg_try_advisory_lock($1, $2) as leads', [
+          ...LOCKS.relayLeader,
+        ]);
+    if (!current.leads && rows[0]?.leads) logger.debug('this process relays events now');
+    current.leads = rows[0]?.leads ?? false;
+    return current.leads;
   };
 
   const loop = startLoop(
@@ -128,27 +155,23 @@ export async function startRelay(deps: { db: Database; bus: Bus; logger: Logger;
       else logger.error({ err: error }, 'the event relay failed');
     },
     async () => {
-      if (!(await lead())) return TRY_LEAD_EVERY_MS;
-      while ((await relayBatch(db)) === BATCH);
-      if (performance.now() - prunedAt > PRUNE_EVERY_MS) {
-        const { rowCount } = await db.query(PRUNE);
-        if ((rowCount ?? 0) < PRUNE_BATCH) prunedAt = performance.now();
-      }
+      do {
+        if (!(await lead())) return TRY_LEAD_EVERY_MS;
+      } while ((await relayBatch(db)) === BATCH);
+      if (performance.now() - prunedAt > PRUNE_EVERY_MS && !(await pruneBatch(db))) prunedAt = performance.now();
       return LOOK_ANYWAY_MS;
     },
   );
   // Followers have nothing to do at a ring.
   const off = bus.on(OUTBOX_TOPIC, () => {
-    if (session) loop.wake();
+    if (session?.leads) loop.wake();
   });
   return {
-    isLeader: () => session !== undefined,
+    isLeader: () => session?.leads ?? false,
     async close() {
       off();
       await loop.stop();
-      const client = session;
-      session = undefined;
-      await client?.end().catch(() => {});
+      stepDown();
     },
   };
 }
