@@ -39,7 +39,12 @@ async function seedTasks(pool: pg.Pool, userId: number, total: number, due: numb
     [userId, total, due],
   );
   await pool.query('analyze tasks');
+  await ring(pool);
 }
+
+/** What was written past the server is told to it as a server would tell another. */
+const ring = (pool: pg.Pool) =>
+  pool.query(`select pg_notify('muster', '{"from":"bench","rings":[["schedule",null],["queue",null]]}')`);
 
 /** Fires per second: from the due time until all are fired, by the server, and by the same work in bare SQL. */
 async function fires(db: BenchDatabase): Promise<Line> {
@@ -124,6 +129,7 @@ async function latency(db: BenchDatabase): Promise<Line> {
        from generate_series(1, $2::int) i) s`,
       [user.id, N],
     );
+    await ring(db.pool);
     let claimed = 0;
     const poll = async () => {
       while (claimed < N) {

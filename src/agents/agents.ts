@@ -149,32 +149,13 @@ export async function markSilentAgents(tx: Tx, afterSeconds: number): Promise<nu
   return silent.length;
 }
 
-/** Locks agents, in rising order of id so that two who lock several never wait for each other. */
-export async function lockAgents(tx: Tx, ids: readonly number[]): Promise<void> {
-  await tx.orm
-    .select({ id: agents.id })
+/** Locks agents, in rising order of id so that two who lock several never wait for each other, and answers them by id. */
+export async function lockAgents(tx: Tx, ids: readonly number[]): Promise<Map<number, Agent>> {
+  const rows = await tx.orm
+    .select()
     .from(agents)
-    .where(inArray(agents.id, [...ids]))
+    .where(inArray(agents.id, [...new Set(ids)]))
     .orderBy(asc(agents.id))
     .for('no key update');
-}
-
-/** Tells of the end of a run of an agent that the caller has locked; one that holds no other run is idle again. */
-export async function noteRunEnded(
-  tx: Tx,
-  id: number,
-  stillBusy: boolean,
-  action: string,
-  run: { taskId?: number; executionId?: number; durationMs?: number | null },
-): Promise<void> {
-  const [agent] = await tx.orm
-    .update(agents)
-    .set({
-      status: stillBusy
-        ? sql`${agents.status}`
-        : sql`case when ${agents.status} = 'busy' then 'idle' else ${agents.status} end`,
-    })
-    .where(eq(agents.id, id))
-    .returning();
-  if (agent) await emitEvents(tx, [agentActivity(agent, action, run)]);
+  return new Map(rows.map((row) => [row.id, row]));
 }

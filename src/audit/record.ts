@@ -1,6 +1,5 @@
 import type { Tx } from '../db/database.ts';
 import type { AUDIT_OPERATIONS } from '../db/schema.ts';
-import { auditLog } from '../db/schema.ts';
 import type { Actor } from '../http/access.ts';
 
 export type ChangedFields = Record<string, { old: unknown; new: unknown }>;
@@ -8,6 +7,13 @@ export type ChangedFields = Record<string, { old: unknown; new: unknown }>;
 /** Fields whose values are never written down: only that they changed is. */
 const SECRET_FIELDS = new Set(['password', 'passwordHash', 'keyHash', 'tokenHash', 'leaseToken']);
 const REDACTED = '[redacted]';
+
+const WRITE = {
+  name: 'audit-write',
+  text: `
+    insert into audit_log (user_id, owner_id, operation, entity_type, entity_id, changed_fields, ip_address, user_agent, request_id)
+    values ($1, $2, $3, $4, $5, $6, $7, $8, $9)`,
+};
 
 /** Writes one entry of the audit log, in the transaction of the change it tells of. `actor` null means Muster itself. */
 export async function recordAudit(
@@ -21,12 +27,19 @@ export async function recordAudit(
     changedFields: ChangedFields;
   },
 ): Promise<void> {
-  await tx.orm.insert(auditLog).values({
-    ...entry,
-    userId: actor?.userId ?? null,
-    ipAddress: actor?.ip ?? null,
-    userAgent: actor?.userAgent ?? null,
-    requestId: actor?.requestId ?? null,
+  await tx.query({
+    ...WRITE,
+    values: [
+      actor?.userId ?? null,
+      entry.ownerId,
+      entry.operation,
+      entry.entityType,
+      entry.entityId,
+      JSON.stringify(entry.changedFields),
+      actor?.ip ?? null,
+      actor?.userAgent ?? null,
+      actor?.requestId ?? null,
+    ],
   });
 }
 

@@ -283,7 +283,7 @@ export async function completeExecution(
   report: { leaseToken: string; status: 'success' | 'failed'; output?: string | undefined; error?: string | undefined },
 ): Promise<Execution> {
   const { taskId, agentId } = await requireExecution(tx, actor, id);
-  if (agentId !== null) await lockAgents(tx, [agentId]);
+  const agent = agentId === null ? undefined : (await lockAgents(tx, [agentId])).get(agentId);
   const task = (await lockTasks(tx, [taskId])).get(taskId);
   const output = cut(report.output);
   const error = cut(report.error);
@@ -314,7 +314,7 @@ export async function completeExecution(
     ownerId: run.userId,
     changedFields: changedFields({ status: 'running' }, { status: run.status, cause: run.cause }),
   });
-  await settleEnd(tx, task, run);
+  await settleEnd(tx, task, agent, run);
   return run;
 }
 
@@ -358,7 +358,7 @@ export async function cancelExecution(tx: Tx, actor: Actor, id: number): Promise
   });
   if (queued) {
     const task = (await lockTasks(tx, [run.taskId])).get(run.taskId);
-    if (task) await settleEnd(tx, task, after);
+    if (task) await settleEnd(tx, task, undefined, after);
   } else if (run.agentId !== null) {
     const agent = await findAgent(tx, run.agentId);
     if (agent)

@@ -6,7 +6,7 @@ import { lockTasks } from '../tasks/locked-tasks.ts';
 import { taskStatusUpdate } from '../tasks/task-events.ts';
 import type { TaskStatus } from '../tasks/task-state.ts';
 import { QUEUE_TOPIC, queueDetail } from './queue.ts';
-import { settleAgentOf, settleTask } from './settle.ts';
+import { settle } from './settle.ts';
 
 // Leases.
 //
@@ -87,6 +87,8 @@ const claimStatement = (shared: boolean) => ({
         status = case when locked.status in ('pending', 'completed', 'failed') then 'running' else locked.status end
       from locked where t.id = locked.id
       returning t.id, t.status as task_status, locked.status as previous_status, t.project_id, t.next_run_at
+    ), busy as (
+      update agents set status = 'busy', last_active_at = now() where id = $1 and exists (select from taken)
     )
     select taken.id, taken.task_id, taken.user_id, taken.skill_name, taken.params, taken.attempt, taken.scheduled_for,
       taken.lease_token, taken.lease_expires_at, taken.timeout_seconds,
@@ -126,11 +128,6 @@ export async function claimExecutions(
     ],
   });
   if (rows.length === 0) return [];
-  await tx.query({
-    name: 'claim-agent-busy',
-    text: `update agents set status = 'busy', last_active_at = now() where id = $1`,
-    values: [agent.id],
-  });
   await emitEvents(
     tx,
     rows.flatMap((row) => [
@@ -171,7 +168,7 @@ export async function claimExecutions(
  * never taken, instead of waiting a whole lease.
  */
 export async function returnClaims(tx: Tx, agent: Agent, claimed: readonly Claimed[]): Promise<void> {
-  await lockAgents(tx, [agent.id]);
+  const locked = (await lockAgents(tx, [agent.id])).get(agent.id);
   const tasks = await lockTasks(
     tx,
     claimed.map((run) => run.taskId),
@@ -188,8 +185,19 @@ export async function returnClaims(tx: Tx, agent: Agent, claimed: readonly Claim
   for (const row of rows) {
     const task = tasks.get(row.task_id);
     if (!task) continue;
-    await settleTask(tx, task, { id: row.id, status: 'queued' }, { agentId: null });
+    const run = { ...UNTOUCHED, id: row.id, skillName: row.skill_name };
+    await emitEvents(tx, await settle(tx, task, locked, run));
     tx.ring(QUEUE_TOPIC, queueDetail({ userId: row.user_id, skillName: row.skill_name }));
   }
-  await settleAgentOf(tx, agent.id, 'returned', {});
 }
+
+/** What is to be told of a run that was given back. */
+const UNTOUCHED = {
+  status: 'queued',
+  agentId: null,
+  outputText: null,
+  outputTruncated: false,
+  errorText: null,
+  startedAt: null,
+  endedAt: null,
+} as const;

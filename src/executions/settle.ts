@@ -1,10 +1,10 @@
 import { sql } from 'drizzle-orm';
-import { noteRunEnded } from '../agents/agents.ts';
+import { agentActivity } from '../agents/agent-events.ts';
+import type { Agent } from '../agents/agents.ts';
 import type { Tx } from '../db/database.ts';
 import { executions } from '../db/schema.ts';
-import { emitEvents } from '../realtime/events.ts';
+import { emitEvents, type NewEvent } from '../realtime/events.ts';
 import { retryDelayMs } from '../schedule/backoff.ts';
-import { setTaskStatus } from '../tasks/locked-tasks.ts';
 import { type Task, taskStatusUpdate } from '../tasks/task-events.ts';
 import { taskTransition } from '../tasks/task-state.ts';
 import { QUEUE_TOPIC, queueDetail, RETRY_TOPIC } from './queue.ts';
@@ -12,7 +12,94 @@ import { durationMs, type Execution } from './schemas.ts';
 
 // What follows from the end of a run, the same whether the agent reported it, the reaper took it back, or somebody
 // cancelled it: perhaps a retry, the turn of a run that waited behind it, the task's and the agent's status, the events.
-// Callers hold the locks of the agent and the task, in that order (see lease.ts).
+// Callers hold the locks of the agent and the task, in that order (see lease.ts), and have ended the run.
+
+/** What is still open around a run that has ended. Served by executions_task_open_idx and executions_agent_running_idx. */
+const AROUND = {
+  name: 'settle-around',
+  text: `
+    select
+      count(*) filter (where status = 'running')::int as running,
+      count(*) filter (where status = 'queued' and available_at is not null)::int as ready,
+      min(id) filter (where status = 'queued' and available_at is null) as waiting,
+      (select count(*)::int from executions where agent_id = $2 and status = 'running') as agent_running
+    from executions where task_id = $1 and status in ('queued', 'running')`,
+};
+
+/** The rows that a run's end changes besides its own: one statement for the three, since every end passes here. */
+const SETTLE = {
+  name: 'settle',
+  text: `
+    with released as (
+      update executions set available_at = now() where id = $1 and status = 'queued'
+    ), task as (
+      update tasks set status = $3 where id = $2 and status <> $3
+    )
+    update agents set status = $5 where id = $4 and status <> $5`,
+};
+
+/** Settles everything that follows from the end of `run`; `task` and `agent` are as locked, and brought up to date. */
+export async function settleEnd(tx: Tx, task: Task, agent: Agent | undefined, run: Execution): Promise<void> {
+  const retry = retries(task, run) ? await queueRetry(tx, task, run) : undefined;
+  const events = await settle(tx, task, agent, run);
+  if (retry) {
+    events.push(
+      taskStatusUpdate(task, { previousStatus: task.status, executionId: retry.id, executionStatus: retry.status }),
+    );
+  }
+  await emitEvents(tx, events);
+}
+
+/**
+ * Brings the statuses of a run's task and agent in line with the runs that are open, gives a waiting run its turn, and
+ * answers the events that tell of it.
+ */
+export async function settle(
+  tx: Tx,
+  task: Task,
+  agent: Agent | undefined,
+  run: Pick<
+    Execution,
+    'id' | 'status' | 'agentId' | 'outputText' | 'outputTruncated' | 'errorText' | 'startedAt' | 'endedAt' | 'skillName'
+  >,
+): Promise<NewEvent[]> {
+  const previousStatus = task.status;
+  const { rows } = await tx.query<{ running: number; ready: number; waiting: number | null; agent_running: number }>({
+    ...AROUND,
+    values: [task.id, agent?.id ?? null],
+  });
+  const around = rows[0] ?? { running: 0, ready: 0, waiting: null, agent_running: 0 };
+
+  // The run that waits longest gets its turn when no other one is before it.
+  const released = around.running + around.ready === 0 ? around.waiting : null;
+  if (around.running === 0) {
+    const more = around.ready > 0 || around.waiting !== null || task.nextRunAt !== null;
+    const event = more ? 'run_ended_more' : run.status === 'success' ? 'run_succeeded_last' : 'run_failed_last';
+    task.status = taskTransition(task.status, event) ?? task.status;
+  }
+  if (agent?.status === 'busy' && around.agent_running === 0) agent.status = 'idle';
+  await tx.query({ ...SETTLE, values: [released, task.id, task.status, agent?.id ?? null, agent?.status ?? null] });
+  // A run waits behind others of its own task: same owner, same skill, unless the task's was changed since.
+  if (released !== null) tx.ring(QUEUE_TOPIC);
+
+  const events = [
+    taskStatusUpdate(task, {
+      previousStatus,
+      executionId: run.id,
+      executionStatus: run.status,
+      agentId: run.agentId,
+      output: run.outputText,
+      outputTruncated: run.outputTruncated,
+      error: run.errorText,
+      durationMs: durationMs(run),
+    }),
+  ];
+  if (agent) {
+    const action = run.status === 'queued' ? 'returned' : run.status;
+    events.push(agentActivity(agent, action, { taskId: task.id, executionId: run.id, durationMs: durationMs(run) }));
+  }
+  return events;
+}
 
 /** Whether a run that ended like this is tried again. A paused task starts nothing, and a retry is a start. */
 function retries(task: Task, run: Execution): boolean {
@@ -23,31 +110,6 @@ function retries(task: Task, run: Execution): boolean {
     task.status !== 'disabled' &&
     task.status !== 'deleted'
   );
-}
-
-/** Settles everything that follows from the end of `run`; `task` is its task as locked. Answers the retry, if there is one. */
-export async function settleEnd(tx: Tx, task: Task, run: Execution): Promise<void> {
-  const retry = retries(task, run) ? await queueRetry(tx, task, run) : undefined;
-  await releaseWaiting(tx, task);
-  await settleTask(tx, task, run, {
-    agentId: run.agentId,
-    output: run.outputText,
-    outputTruncated: run.outputTruncated,
-    error: run.errorText,
-    durationMs: durationMs(run),
-  });
-  if (retry) {
-    await emitEvents(tx, [
-      taskStatusUpdate(task, { previousStatus: task.status, executionId: retry.id, executionStatus: retry.status }),
-    ]);
-  }
-  if (run.agentId !== null) {
-    await settleAgentOf(tx, run.agentId, run.status, {
-      taskId: task.id,
-      executionId: run.id,
-      durationMs: durationMs(run),
-    });
-  }
 }
 
 async function queueRetry(tx: Tx, task: Task, run: Execution): Promise<Execution | undefined> {
@@ -75,62 +137,4 @@ async function queueRetry(tx: Tx, task: Task, run: Execution): Promise<Execution
   if (delayMs === 0) tx.ring(QUEUE_TOPIC, queueDetail(run));
   else tx.ring(RETRY_TOPIC);
   return retry;
-}
-
-/** Gives the run that waits longest its turn, unless another one of the task is still before it. */
-async function releaseWaiting(tx: Tx, task: Task): Promise<void> {
-  const { rows } = await tx.query<{ user_id: number; skill_name: string }>({
-    name: 'release-waiting',
-    text: `
-      update executions set available_at = now() where id = (
-        select min(id) from executions where task_id = $1 and status = 'queued' and available_at is null
-      ) and not exists (
-        select from executions where task_id = $1 and (status = 'running' or (status = 'queued' and available_at is not null))
-      )
-      returning user_id, skill_name`,
-    values: [task.id],
-  });
-  for (const row of rows) tx.ring(QUEUE_TOPIC, queueDetail({ userId: row.user_id, skillName: row.skill_name }));
-}
-
-/** Brings the task's status in line with its runs, and tells of `run`. */
-export async function settleTask(
-  tx: Tx,
-  task: Task,
-  run: Pick<Execution, 'id' | 'status'>,
-  told: Omit<Parameters<typeof taskStatusUpdate>[1], 'previousStatus'>,
-): Promise<void> {
-  const previousStatus = task.status;
-  const { rows } = await tx.query<{ running: number; queued: number }>({
-    name: 'count-open-runs',
-    text: `
-      select count(*) filter (where status = 'running')::int as running, count(*) filter (where status = 'queued')::int as queued
-      from executions where task_id = $1 and status in ('queued', 'running')`,
-    values: [task.id],
-  });
-  const open = rows[0] ?? { running: 0, queued: 0 };
-  if (open.running === 0) {
-    const more = open.queued > 0 || task.nextRunAt !== null;
-    const event = more ? 'run_ended_more' : run.status === 'success' ? 'run_succeeded_last' : 'run_failed_last';
-    const status = taskTransition(task.status, event);
-    if (status) await setTaskStatus(tx, task, status);
-  }
-  await emitEvents(tx, [
-    taskStatusUpdate(task, { ...told, previousStatus, executionId: run.id, executionStatus: run.status }),
-  ]);
-}
-
-/** Tells the agent's noun that a run of it ended. */
-export async function settleAgentOf(
-  tx: Tx,
-  agentId: number,
-  action: string,
-  run: { taskId?: number; executionId?: number; durationMs?: number | null },
-): Promise<void> {
-  const { rows } = await tx.query({
-    name: 'agent-has-runs',
-    text: `select from executions where agent_id = $1 and status = 'running' limit 1`,
-    values: [agentId],
-  });
-  await noteRunEnded(tx, agentId, rows.length > 0, action, run);
 }

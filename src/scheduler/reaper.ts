@@ -23,7 +23,7 @@ export async function reapLeases(db: Database): Promise<number> {
       .orderBy(asc(executions.leaseExpiresAt))
       .limit(BATCH);
     if (found.length === 0) return 0;
-    await lockAgents(
+    const agents = await lockAgents(
       tx,
       found.flatMap(({ agentId }) => agentId ?? []),
     );
@@ -56,7 +56,8 @@ export async function reapLeases(db: Database): Promise<number> {
       .returning();
     for (const run of lost) {
       const task = tasks.get(run.taskId);
-      if (task) await settleEnd(tx, task, run);
+      const agent = run.agentId === null ? undefined : agents.get(run.agentId);
+      if (task) await settleEnd(tx, task, agent, run);
     }
     return lost.length;
   });
