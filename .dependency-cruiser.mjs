@@ -54,7 +54,7 @@ export default {
       comment: 'The command line agent talks to the server over HTTP only.',
       severity: 'error',
       from: { path: '^dist/runner/' },
-      to: { path: '^dist/', pathNot: '^dist/runner/' },
+      to: { path: '^dist/', pathNot: '^dist/(runner/|platform/stop-signals\\.js$)' },
     },
     {
       name: 'not-resolvable',

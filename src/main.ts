@@ -7,6 +7,7 @@ import { type Config, readConfig } from './config.ts';
 import { startEmbeddedPostgres } from './platform/embedded-postgres.ts';
 import { createLogger } from './platform/logger.ts';
 import { StartupError } from './platform/startup-error.ts';
+import { onStopSignals } from './platform/stop-signals.ts';
 import { listenError, startMuster } from './start.ts';
 
 const { version } = JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')) as {
@@ -22,12 +23,24 @@ async function main(): Promise<void> {
 
   // What is started comes off in the opposite order, also when the signal arrives in the middle of the start.
   const closers: (() => Promise<void>)[] = [];
-  closeWithGrace({ delay: config.SHUTDOWN_TIMEOUT_SECONDS * 1000, logger }, async ({ signal, err }) => {
-    if (err) logger.fatal({ err }, 'stopping after an error that nobody handled');
-    else logger.info({ signal }, 'stopping');
-    for (let close = closers.pop(); close; close = closers.pop()) await close();
-    logger.info('stopped');
-  });
+  const grace = closeWithGrace(
+    { delay: config.SHUTDOWN_TIMEOUT_SECONDS * 1000, logger, skip: ['SIGINT', 'SIGTERM'] },
+    async ({ err }) => {
+      if (err) logger.fatal({ err }, 'stopping after an error that nobody handled');
+      for (let close = closers.pop(); close; close = closers.pop()) await close();
+      logger.info('stopped');
+    },
+  );
+  onStopSignals(
+    (signal) => {
+      logger.info({ signal }, 'stopping');
+      grace.close();
+    },
+    (signal) => {
+      logger.warn({ signal }, 'ending without waiting');
+      process.exit(1);
+    },
+  );
 
   let { DATABASE_URL: databaseUrl, DATABASE_DIRECT_URL: directUrl = databaseUrl } = config;
   if (databaseUrl === undefined) {

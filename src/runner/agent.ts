@@ -1,3 +1,4 @@
+import { onStopSignals } from '../platform/stop-signals.ts';
 import { AGENT_HELP, type AgentOptions, readAgentOptions, UsageError } from './options.ts';
 import { startAgent, type Tell } from './work.ts';
 
@@ -25,7 +26,7 @@ function main(): void {
     process.stdout.write(`${line}\n`);
   };
   const agent = startAgent(options, tell);
-  for (const signal of ['SIGTERM', 'SIGINT'] as const) process.on(signal, agent.drain);
+  onStopSignals(agent.drain, agent.drain);
   agent.done.then(
     () => process.exit(0),
     (error: unknown) => {

@@ -1,4 +1,5 @@
 import WebSocket from 'ws';
+import { onStopSignals } from '../platform/stop-signals.ts';
 import { pause, pauseAfter } from './api.ts';
 import { describeEvent, type Envelope } from './describe-event.ts';
 import { readWatchOptions, UsageError, WATCH_HELP, type WatchOptions } from './options.ts';
@@ -9,7 +10,10 @@ import { readWatchOptions, UsageError, WATCH_HELP, type WatchOptions } from './o
 async function main(): Promise<void> {
   const options = readOptions();
   const ended = new AbortController();
-  for (const signal of ['SIGTERM', 'SIGINT'] as const) process.once(signal, () => ended.abort());
+  onStopSignals(
+    () => ended.abort(),
+    () => process.exit(1),
+  );
   let lastEventId: number | undefined;
   for (let tries = 0; !ended.signal.aborted; ) {
     const lost = await follow(options, lastEventId, ended.signal, (envelope) => {
