@@ -1,7 +1,9 @@
 import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
 import { retryDelayMs } from '../../src/schedule/backoff.ts';
+import { parseCron } from '../../src/schedule/cron.ts';
 import { type MisfirePolicy, resolveDue } from '../../src/schedule/misfire.ts';
+import { nextOccurrence } from '../../src/schedule/occurrences.ts';
 
 const every = (periodMs: number) => (ms: number) => (Math.floor(ms / periodMs) + 1) * periodMs;
 
@@ -44,7 +46,7 @@ describe('due ticks', () => {
       fc.property(input, fc.constantFrom<MisfirePolicy[]>('skip', 'fire_last', 'fire_all'), (given, policy) => {
         const { result, times, now } = resolve(policy, given);
         expect(result.ticks.map((tick) => tick.scheduledFor)).toEqual(times);
-        expect(result.truncated).toBe(false);
+        expect(result.unlisted).toBeUndefined();
         expect(result.next).toBeGreaterThan(now);
         expect((result.next ?? 0) - (times.at(-1) ?? 0)).toBe(given.period);
       }),
@@ -90,10 +92,14 @@ describe('due ticks', () => {
     const once = { nextAfter: () => undefined, dueAt: 1_000, now: 5_000, toleranceMs: 100, maxCatchUp: 5 };
     expect(resolveDue({ ...once, policy: 'fire_last' })).toEqual({
       ticks: [{ scheduledFor: 1_000, verdict: 'late' }],
-      truncated: false,
       next: undefined,
     });
     expect(resolveDue({ ...once, policy: 'skip' }).ticks[0]?.verdict).toBe('skipped_misfire');
+  });
+
+  test('what is not due yet is left for its time', () => {
+    const early = { nextAfter: every(1_000), dueAt: 5_000, now: 4_999, toleranceMs: 0, maxCatchUp: 5 };
+    expect(resolveDue({ ...early, policy: 'fire_all' })).toEqual({ ticks: [], next: 5_000 });
   });
 
   test('a long silence is listed to its newest end only, and not walked through', () => {
@@ -103,21 +109,100 @@ describe('due ticks', () => {
       return every(1_000)(ms);
     };
     const now = 365 * 86_400_000;
-    const { ticks, truncated, next } = resolveDue({
-      nextAfter,
-      dueAt: 0,
-      now,
+    const due = { nextAfter, dueAt: 0, now, toleranceMs: 60_000, maxCatchUp: 5 };
+    const { ticks, unlisted, next } = resolveDue({ ...due, policy: 'fire_last' });
+    expect(ticks.length).toBe(1_061);
+    expect(ticks.at(-1)).toEqual({ scheduledFor: now, verdict: 'fired' });
+    expect(unlisted).toEqual({ from: 0, until: ticks[0]?.scheduledFor, verdict: 'coalesced' });
+    expect(next).toBe(now + 1_000);
+    expect(asked).toBeLessThan(10_000);
+    expect(resolveDue({ ...due, policy: 'skip' }).unlisted?.verdict).toBe('skipped_misfire');
+  });
+
+  test('more than are listed may run, if so many are allowed, and all that are on time fire', () => {
+    const due = { nextAfter: every(1_000), dueAt: 0, now: 10_000_000, policy: 'fire_all' as const };
+    const all = resolveDue({ ...due, toleranceMs: 3_000_000, maxCatchUp: 5_000 }).ticks;
+    expect(all.filter((tick) => tick.verdict === 'fired').length).toBe(3_001);
+    expect(all.filter((tick) => tick.verdict === 'late').length).toBe(5_000);
+  });
+
+  test('working hours, asked on a Sunday after a week of silence: the last tick of Friday runs', () => {
+    const cron = parseCron('* 9-17 * * 1-5');
+    const { ticks, unlisted } = resolveDue({
+      nextAfter: (ms) => nextOccurrence(cron, 'Europe/Rome', ms)?.scheduledFor,
+      dueAt: Date.parse('2026-01-05T08:00:00Z'),
+      now: Date.parse('2026-01-11T12:00:00Z'),
       policy: 'fire_last',
       toleranceMs: 60_000,
-      maxCatchUp: 5,
+      maxCatchUp: 100,
     });
-    expect(truncated).toBe(true);
-    expect(ticks.length).toBeLessThanOrEqual(1_001);
-    expect(ticks.at(-1)).toEqual({ scheduledFor: now, verdict: 'fired' });
-    expect(next).toBe(now + 1_000);
-    expect(asked).toBeLessThan(5_000);
+    expect(ticks.length).toBe(1_000);
+    expect(ticks.at(-1)).toEqual({ scheduledFor: Date.parse('2026-01-09T16:59:00Z'), verdict: 'late' });
+    expect(unlisted?.from).toBe(Date.parse('2026-01-05T08:00:00Z'));
+    expect(unlisted?.until).toBe(ticks[0]?.scheduledFor);
+  });
+
+  test('however unevenly ticks lie, the newest are listed, and the cost is bounded', () => {
+    // Clusters: how many ticks, how far apart, and the silence after them.
+    const cluster = fc.record({
+      count: fc.integer({ min: 1, max: 4_000 }),
+      period: fc.integer({ min: 1, max: 100_000 }),
+      silence: fc.integer({ min: 1, max: 100_000_000_000 }),
+    });
+    const clusters = fc.array(cluster, { minLength: 1, maxLength: 8 });
+    fc.assert(
+      fc.property(
+        clusters,
+        fc.boolean(),
+        fc.constantFrom<MisfirePolicy[]>('skip', 'fire_last'),
+        (made, end, policy) => {
+          const times: number[] = [];
+          let at = 0;
+          for (const { count, period, silence } of made) {
+            for (let i = 0; i < count; i++) {
+              at += period;
+              times.push(at);
+            }
+            at += silence;
+          }
+          const now = end ? (times.at(-1) ?? 0) : at;
+          let asked = 0;
+          const nextAfter = (ms: number) => {
+            asked++;
+            return times[firstIndexAfter(times, ms)];
+          };
+          const dueAt = times[0] ?? 0;
+          const { ticks, unlisted, next } = resolveDue({
+            nextAfter,
+            dueAt,
+            now,
+            policy,
+            toleranceMs: 0,
+            maxCatchUp: 1,
+          });
+          const onTime = times.at(-1) === now ? 1 : 0;
+          const listed = times.slice(-1_000 - onTime);
+          expect(ticks.map((tick) => tick.scheduledFor)).toEqual(listed);
+          expect(unlisted?.until).toBe(listed.length < times.length ? listed[0] : undefined);
+          expect(next).toBeUndefined();
+          const ran = ticks.filter(({ verdict }) => verdict === 'late' || verdict === 'fired');
+          expect(ran.length).toBe(policy === 'fire_last' ? 1 : onTime);
+          expect(asked).toBeLessThan(60_000);
+        },
+      ),
+    );
   });
 });
+
+function firstIndexAfter(times: readonly number[], ms: number): number {
+  let [low, high] = [0, times.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if ((times[middle] ?? 0) <= ms) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
 
 describe('backoff', () => {
   test('doubles with every attempt, up to an hour, and is spread over all of it', () => {
