@@ -1,6 +1,7 @@
 import { randomBytes } from 'node:crypto';
-import { link, mkdir, open, readFile, rename, rm } from 'node:fs/promises';
+import { link, open, readFile, rename, rm } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
+import { makeFolder } from '../platform/make-folder.ts';
 import { StartupError } from '../platform/startup-error.ts';
 
 /** The content of a secret's file, without the line end; undefined when there is none. */
@@ -20,7 +21,7 @@ export async function readSecret(file: string): Promise<string | undefined> {
 export async function writeSecret(file: string, secret: string, keepExisting = false): Promise<string> {
   const temporary = join(dirname(file), `.${randomBytes(6).toString('hex')}.tmp`);
   try {
-    await mkdir(dirname(file), { recursive: true, mode: 0o700 });
+    await makeFolder(dirname(file), 0o700);
     const handle = await open(temporary, 'wx', 0o600);
     try {
       await handle.writeFile(`${secret}\n`);

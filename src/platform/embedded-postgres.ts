@@ -1,9 +1,10 @@
 import type { ChildProcess } from 'node:child_process';
-import { chmod, chown, mkdir, mkdtemp, readFile, realpath, rm } from 'node:fs/promises';
+import { chmod, chown, mkdtemp, readFile, realpath, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { type FolderLock, lockFolder } from './folder-lock.ts';
+import { makeFolder } from './make-folder.ts';
 import { createClient } from './postgres.ts';
 import { installedBinaries, readyBinaries } from './postgres-binaries.ts';
 import { chooseAccount, type Place, pgdataArgument, requireCluster } from './postgres-cluster.ts';
@@ -147,7 +148,7 @@ async function serve(place: Place, giveFree: () => void): Promise<EmbeddedPostgr
 }
 
 async function makeDataDir(dataDir: string): Promise<string> {
-  await mkdir(dataDir, { recursive: true, mode: 0o700 });
+  await makeFolder(dataDir, 0o700);
   const made = await realpath(dataDir);
   // Where the path to the cluster is walked by another user; the secrets in it are 0600 and owned by root.
   if (process.platform !== 'linux' && process.getuid?.() === 0) await chmod(made, 0o711);
