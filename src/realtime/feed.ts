@@ -21,11 +21,11 @@ export interface PlacedEvent {
 export interface Feed {
   /** Begins to follow; before that there is no position and listeners hear nothing. */
   start(): void;
-  /** Calls `listener` with every event from the feed's present position on, in order; the answer ends that. */
+  /** Calls `listener` with every event after the feed's present position, in order; the answer ends that. */
   subscribe(listener: (event: PlacedEvent) => void): () => void;
-  /** The last event that listeners were given; -1 until the feed has found its place. */
+  /** The place up to which listeners were given everything; -1 until the feed has found its own. */
   position(): number;
-  /** Resolves when the feed has its place; nothing after it is missed by those who subscribed before. */
+  /** Resolves when the feed has its place. */
   ready(): Promise<void>;
   close(): Promise<void>;
 }
@@ -45,34 +45,45 @@ interface EventRow {
 
 const PAGE = 500;
 const LOOK_ANYWAY_MS = 1_000;
+/** How many ids one look for a user's events goes through, so that none of them takes long however rare they are. */
+const WINDOW = 10_000;
 
 const AFTER = {
   name: 'feed-after',
   text: `
     select event_id, user_id, shared, topic, type, task_id, project_id, agent_id, data, created_at
-    from events where event_id > $1 order by event_id limit $2`,
+    from events where event_id > $1 order by event_id limit ${PAGE}`,
 };
 
-/** Of those, what one user may see. Served by events_owner_idx or the primary key, whichever is shorter. */
-const AFTER_OF_USER = {
-  name: 'feed-after-user',
+/** Served by the primary key, whose range the window bounds. */
+const VISIBLE_BETWEEN = {
+  name: 'feed-visible-between',
   text: `
     select event_id, user_id, shared, topic, type, task_id, project_id, agent_id, data, created_at
-    from events where event_id > $1 and event_id <= $4 and (user_id = $3 or shared) order by event_id limit $2`,
+    from events where event_id > $1 and event_id <= $2 and ($3::bigint is null or user_id = $3 or shared)
+    order by event_id limit ${PAGE}`,
 };
 
-/** The events after a place, in order, a page at the most; of one user's and the shared ones when `userId` is given. */
-export async function eventsAfter(
+/** A stretch of the order: the events of it that were asked for, and the place up to which these are all. */
+interface Stretch {
+  events: PlacedEvent[];
+  upTo: number;
+}
+
+/**
+ * The next events after the place `after` and up to `until`, in order: those of one user and the shared ones, or everybody's
+ * when `userId` is undefined. Goes a bounded way: call again with `upTo` to go on.
+ */
+export async function visibleEvents(
   db: Database,
   after: number,
   until: number,
   userId: number | undefined,
-): Promise<PlacedEvent[]> {
-  const { rows } =
-    userId === undefined
-      ? await db.query<EventRow>({ ...AFTER, values: [after, PAGE] })
-      : await db.query<EventRow>({ ...AFTER_OF_USER, values: [after, PAGE, userId, until] });
-  return rows.filter((row) => row.event_id <= until).map(placed);
+): Promise<Stretch> {
+  const end = Math.min(until, after + WINDOW);
+  const { rows } = await db.query<EventRow>({ ...VISIBLE_BETWEEN, values: [after, end, userId ?? null] });
+  const full = rows.length === PAGE;
+  return { events: rows.map(placed), upTo: full ? (rows.at(-1)?.event_id ?? end) : end };
 }
 
 /** The first and the last event that are kept; undefined when there is none. */
@@ -102,8 +113,12 @@ function placed(row: EventRow): PlacedEvent {
 
 /**
  * Follows `events` for the listeners of this process. It starts at the end, and from then on gives every event once and in
- * order: it reads by `event_id`, which is the order in which events become visible (relay.ts), so
- * a ring that is lost only delays and a database that was away is caught up with.
+ * order: it reads by `event_id`, which is the order in which events become visible (relay.ts), so a ring that is lost only
+ * delays, and a database that was away is caught up with. While nobody listens it moves on without reading the events.
+ *
+ * `position` is also where a reader of REST may go over to events (the header X-Event-Cursor), however far the feed is
+ * behind: up to it, every event has been seen by a query that has ended, so whatever caused it had committed before, and a
+ * query that begins now shows it. What a read does not show has a later place. What it does show may come once more.
  */
 export function createFeed(deps: { db: Database; bus: Bus; logger: Logger }): Feed {
   const { db, bus, logger } = deps;
@@ -116,25 +131,30 @@ export function createFeed(deps: { db: Database; bus: Bus; logger: Logger }): Fe
     foundPlace = resolve;
   });
 
+  const hand = (event: PlacedEvent) => {
+    position = event.eventId;
+    for (const listener of listeners) {
+      try {
+        listener(event);
+      } catch (error) {
+        logger.error({ err: error }, 'a listener of the event feed failed');
+      }
+    }
+  };
+
   const follow = async (): Promise<number> => {
-    if (position < 0) {
-      position = (await keptEvents(db))?.last ?? 0;
+    if (position < 0 || listeners.size === 0) {
+      const last = (await keptEvents(db))?.last ?? 0;
+      // Whoever began to listen meanwhile was promised everything after the old position.
+      if (position < 0 || listeners.size === 0) position = Math.max(position, last);
       foundPlace();
     }
-    for (;;) {
-      const events = await eventsAfter(db, position, Number.MAX_SAFE_INTEGER, undefined);
-      for (const event of events) {
-        position = event.eventId;
-        for (const listener of listeners) {
-          try {
-            listener(event);
-          } catch (error) {
-            logger.error({ err: error }, 'a listener of the event feed failed');
-          }
-        }
-      }
-      if (events.length < PAGE) return LOOK_ANYWAY_MS;
+    while (listeners.size > 0) {
+      const { rows } = await db.query<EventRow>({ ...AFTER, values: [position] });
+      for (const row of rows) hand(placed(row));
+      if (rows.length < PAGE) break;
     }
+    return LOOK_ANYWAY_MS;
   };
 
   return {

@@ -1,3 +1,4 @@
+import type { IncomingMessage } from 'node:http';
 import websocket from '@fastify/websocket';
 import type { FastifyRequest } from 'fastify';
 import { z } from 'zod';
@@ -5,11 +6,11 @@ import { EVENT_TOPICS } from '../db/schema.ts';
 import type { App, Deps } from '../http/app.ts';
 import { Problem } from '../http/problem.ts';
 import { integerText } from '../http/validation.ts';
+import { CLOSE } from './close-codes.ts';
 import type { Feed } from './feed.ts';
-import { createSockets, type Topic } from './sockets.ts';
+import { createSockets, SOCKET_OPTIONS } from './sockets.ts';
 
 const PATH = '/ws';
-const MAX_FRAME_BYTES = 65_536;
 
 const topicsText = z
   .string()
@@ -28,29 +29,30 @@ export async function realtimeRoutes(app: App, deps: Deps & { feed: Feed }): Pro
   const { config, feed } = deps;
   const sockets = createSockets(deps);
 
+  await app.register(websocket, {
+    options: SOCKET_OPTIONS,
+    // By default every socket whose client breaks the protocol is logged as an error and cut before it is told why.
+    errorHandler: (error, socket, request) => {
+      request.log.debug({ err: error }, 'a socket broke');
+      socket.close(CLOSE.fault);
+    },
+    preClose(done) {
+      sockets.closeAll().then(() => this.websocketServer.close(() => done()), done);
+    },
+  });
+  endRefusedUpgrades(app);
   // Only /ws is upgraded. The plugin would answer 101 on any route.
   app.addHook('onRequest', async (request) => {
-    if (request.headers.upgrade !== undefined && request.routeOptions.url !== PATH) {
+    if (request.ws && request.routeOptions.url !== PATH) {
       throw new Problem('invalid-request', `Only ${PATH} can be upgraded: leave the header Upgrade out.`);
     }
   });
-  // Taken before anything is read: what the read does not show has a later id.
+  // Taken before anything is read: see createFeed for why nothing is missed.
   app.addHook('onRequest', async (request, reply) => {
     const position = feed.position();
     if (request.method === 'GET' && position >= 0 && request.url.startsWith('/api/')) {
       reply.header('x-event-cursor', position);
     }
-  });
-
-  await app.register(websocket, {
-    options: {
-      maxPayload: MAX_FRAME_BYTES,
-      perMessageDeflate: false,
-      handleProtocols: (protocols: Set<string>) => (protocols.has('bearer') ? 'bearer' : false),
-    },
-    preClose(done) {
-      sockets.closeAll().then(() => this.websocketServer.close(() => done()), done);
-    },
   });
 
   app.get(
@@ -60,6 +62,7 @@ export async function realtimeRoutes(app: App, deps: Deps & { feed: Feed }): Pro
       config: { access: { rule: 'owner', scopes: ['read'] }, credential: socketCredential },
       schema: { querystring: query },
       preValidation: async (request) => {
+        if (!request.ws) throw new Problem('invalid-request', `${PATH} is for WebSocket clients.`);
         if (!originAllowed(request, config.CORS_ORIGINS)) {
           throw new Problem('forbidden', 'Pages of this origin may not connect: add it to CORS_ORIGINS.');
         }
@@ -68,13 +71,25 @@ export async function realtimeRoutes(app: App, deps: Deps & { feed: Feed }): Pro
     (socket, request) => {
       const { last_event_id: lastEventId, topics } = request.query as z.output<typeof query>;
       if (!request.identity) throw new Error('The socket has no identity.');
-      sockets.open(socket, {
-        identity: request.identity,
-        topics: topics ?? (EVENT_TOPICS as readonly Topic[]),
-        lastEventId,
-      });
+      sockets.open(socket, { identity: request.identity, topics: topics ?? EVENT_TOPICS, lastEventId });
     },
   );
+}
+
+/**
+ * Ends the connection of an upgrade that is answered like any request. Node has let go of it by then, so none of the
+ * server's timeouts would; and the plugin does so only for what its own hook has met, not for a 401 or 429 before it.
+ */
+function endRefusedUpgrades(app: App): void {
+  const upgrades = new WeakSet<IncomingMessage>();
+  app.server.prependListener('upgrade', (raw) => upgrades.add(raw));
+  app.addHook('onSend', async (request, reply) => {
+    // Or the client would send its next request there.
+    if (upgrades.has(request.raw)) reply.header('connection', 'close');
+  });
+  app.addHook('onResponse', async (request) => {
+    if (upgrades.has(request.raw)) request.raw.socket.destroy();
+  });
 }
 
 /** From the query, from the sub-protocol (`bearer, <token>`), or from the header; browsers can only do the first two. */
