@@ -18,147 +18,174 @@ export interface CronFields {
   readonly seconds: readonly number[];
   readonly minutes: readonly number[];
   readonly hours: readonly number[];
-  readonly months: ReadonlySet<number>;
-  /** Whether the day of a month matches; `weekday` 0 is Sunday, `last` the number of days of the month. */
-  matchesDay(day: number, weekday: number, last: number): boolean;
   /** True where the hours are all 24: such a schedule follows elapsed time through clock changes. */
   readonly everyHour: boolean;
+  /**
+   * The matching days of a month (1 to 12) that has `length` days and begins on `weekday` (0 is Sunday), as bits: the
+   * lowest is the first day.
+   */
+  daysOf(month: number, weekday: number, length: number): number;
 }
 
 const MAX_LENGTH = 255;
-const CACHE = 10_000;
+const MAX_PARSED = 10_000;
 const parsed = new Map<string, CronFields>();
 
-const FIELDS: readonly { name: CronFieldName; allowed: string }[] = [
-  { name: 'second', allowed: '0-59' },
-  { name: 'minute', allowed: '0-59' },
-  { name: 'hour', allowed: '0-23' },
-  { name: 'day_of_month', allowed: '1-31 or L' },
-  { name: 'month', allowed: '1-12 or JAN-DEC' },
-  { name: 'day_of_week', allowed: '0-7 or SUN-SAT, with #1 to #5 or L behind it' },
+const MONTHS = 'JAN|FEB|MAR|APR|MAY|JUN|JUL|AUG|SEP|OCT|NOV|DEC';
+const WEEKDAYS = 'SUN|MON|TUE|WED|THU|FRI|SAT';
+
+/** In their order; `allowed` is for people, and `grammar` is what of it the library would be too lenient with. */
+const FIELDS: readonly { name: CronFieldName; allowed: string; grammar: RegExp }[] = [
+  { name: 'second', allowed: '0-59', grammar: listOf('\\d+') },
+  { name: 'minute', allowed: '0-59', grammar: listOf('\\d+') },
+  { name: 'hour', allowed: '0-23', grammar: listOf('\\d+') },
+  { name: 'day_of_month', allowed: '1-31, L for the last', grammar: listOf('\\d+', 'L') },
+  { name: 'month', allowed: '1-12 or JAN-DEC', grammar: listOf(`\\d+|${MONTHS}`) },
+  {
+    name: 'day_of_week',
+    allowed: '0-7 or SUN-SAT, L behind a day for its last of the month, #1 to #5 behind a lone day',
+    grammar: listOf(`\\d+|${WEEKDAYS}`, `(?:\\d|${WEEKDAYS})(?:L|#\\d)`),
+  },
 ];
+
+/** Lists of values, of ranges of them, of `*`, each with a step or without, and of what else there may be. */
+function listOf(value: string, other?: string): RegExp {
+  const item = `(?:\\*|(?:${value})(?:-(?:${value}))?)(?:/\\d+)?${other === undefined ? '' : `|${other}`}`;
+  return new RegExp(`^(?:${item})(?:,(?:${item}))*$`, 'i');
+}
 
 /**
  * Parses an expression of five fields, or six with leading seconds, or a name such as @daily. The library cron-parser reads
- * the fields; refused besides what it refuses are blanks, `?`, `H` (which it would choose at random) and what never fires.
- * Throws CronError.
+ * the fields; refused besides what it refuses are blanks, `?`, `H` (which it would choose at random), names that run into
+ * each other (it would read JANFEB as 12), and what never fires. Where both days are restricted either will do, and where
+ * one begins with `*` both must match, as in Vixie cron (crontab(5)). Throws CronError.
  */
 export function parseCron(expression: string): CronFields {
   const known = parsed.get(expression);
   if (known) return known;
   const fields = parse(expression);
   // The oldest goes: a map keeps the order in which keys came.
-  if (parsed.size >= CACHE) parsed.delete(parsed.keys().next().value ?? '');
+  if (parsed.size >= MAX_PARSED) parsed.delete(parsed.keys().next().value ?? '');
   parsed.set(expression, fields);
   return fields;
 }
 
 function parse(expression: string): CronFields {
-  const text = expression.trim();
-  if (text === '')
-    throw new CronError('expression', 'The expression is empty: write five fields, or six with seconds.');
-  if (text.length > MAX_LENGTH)
+  if (expression.length > MAX_LENGTH) {
     throw new CronError('expression', `The expression is longer than ${MAX_LENGTH} characters.`);
-  if (!/^[\x21-\x7e]+(?: +[\x21-\x7e]+)*$/.test(text)) {
+  }
+  const text = expression.trim();
+  if (text === '') {
+    throw new CronError('expression', 'The expression is empty: write five fields, or six with seconds.');
+  }
+  if (!/^[\x20-\x7e]+$/.test(text)) {
     throw new CronError('expression', 'The expression may hold only plain characters, with spaces between the fields.');
   }
-  const parts = text.startsWith('@') ? undefined : text.split(/ +/);
-  // `?` and `H` would be taken, as `*` and as a choice at random; letters of names are no `H`.
-  if (parts && (parts.length < 5 || parts.length > 6 || /[?H]/.test(text.replace(/thu|mar/gi, '')))) checkFields(parts);
-  let fields: ReturnType<typeof CronExpressionParser.parse>['fields'];
-  try {
-    fields = CronExpressionParser.parse(text.startsWith('@') ? text.toLowerCase() : text.replace(/ +/g, ' ')).fields;
-  } catch {
-    if (text.startsWith('@')) {
-      throw new CronError(
-        'expression',
-        `${text} is no name of a schedule: use @yearly, @monthly, @weekly, @daily or @hourly.`,
-      );
-    }
-    if (parts) checkFields(parts);
-    // Each field is good by itself, so it is the day that no named month has.
-    throw neverFires(text);
-  }
-  const days = new Set<number>();
-  for (const value of fields.dayOfMonth.values) if (typeof value === 'number') days.add(value);
-  const lastDay = fields.dayOfMonth.values.length > days.size;
-  const weekdays = new Set<number>();
-  const lastWeekdays = new Set<number>();
-  for (const value of fields.dayOfWeek.values) {
-    if (typeof value === 'number') weekdays.add(value % 7);
-    else lastWeekdays.add(Number.parseInt(value, 10) % 7);
-  }
-  const nth = fields.dayOfWeek.nthDay;
-  const anyDay = fields.dayOfMonth.isWildcard;
-  const anyWeekday = fields.dayOfWeek.isWildcard;
-  const hours = [...fields.hour.values].map(Number);
-  const result: CronFields = {
-    seconds: [...fields.second.values].map(Number),
-    minutes: [...fields.minute.values].map(Number),
-    hours,
-    months: new Set([...fields.month.values].map(Number)),
-    everyHour: hours.length === 24,
-    matchesDay(day, weekday, last) {
-      const byDay = days.has(day) || (lastDay && day === last);
-      const byWeekday =
-        (weekdays.has(weekday) && (nth <= 0 || Math.ceil(day / 7) === nth)) ||
-        (lastWeekdays.has(weekday) && day > last - 7);
-      if (anyDay) return anyWeekday || byWeekday;
-      if (anyWeekday) return byDay;
-      // Both are given: either will do, as in Vixie cron.
-      return byDay || byWeekday;
-    },
-  };
-  if (!everFires(result)) {
-    throw neverFires(text);
-  }
-  return result;
+  return text.startsWith('@') ? parseName(text) : parseFields(text);
 }
 
-const neverFires = (text: string) =>
-  new CronError('day_of_month', `${text} never fires: no month it names has such a day.`);
+function parseName(text: string): CronFields {
+  const name = text.toLowerCase();
+  try {
+    const { fields } = CronExpressionParser.parse(name === '@midnight' ? '@daily' : name);
+    return compile(fields, fields.dayOfMonth.isWildcard || fields.dayOfWeek.isWildcard);
+  } catch {
+    throw new CronError(
+      'expression',
+      `${shorten(text)} is no name of a schedule: use @yearly, @monthly, @weekly, @weekdays, @weekends, @daily or @hourly.`,
+    );
+  }
+}
 
-/** Checks each field by itself, so that the error can name it. */
-function checkFields(parts: string[]): void {
+function parseFields(text: string): CronFields {
+  const parts = text.split(/ +/);
   if (parts.length < 5 || parts.length > 6) {
     throw new CronError(
       'expression',
-      `The expression has ${parts.length} fields: write five, or six with seconds first.`,
+      `The expression has ${parts.length} field${parts.length === 1 ? '' : 's'}: write five, or six with seconds first.`,
     );
   }
-  const fields = parts.length === 5 ? FIELDS.slice(1) : FIELDS;
-  for (const [i, { name, allowed }] of fields.entries()) {
-    const part = parts[i] ?? '';
-    const shown = part.length > 40 ? `${part.slice(0, 40)}…` : part;
-    const refused = new CronError(
-      name,
-      `The ${name.replaceAll('_', ' ')} field "${shown}" is not valid: allowed are ${allowed}, *, lists, ranges and steps.`,
+  if (parts.length === 5) parts.unshift('0');
+  for (const [i, part] of parts.entries()) if (!FIELDS[i]?.grammar.test(part)) throw refused(i, part);
+  const [, , , day = '', , weekday = ''] = parts;
+  let compiled: CronFields | undefined;
+  try {
+    compiled = compile(
+      CronExpressionParser.parse(parts.join(' ')).fields,
+      day.startsWith('*') || weekday.startsWith('*'),
     );
-    if (/[?H]/.test(part.replace(/thu|mar/gi, ''))) throw refused;
-    const alone = FIELDS.map((field) => (field.name === name ? part : field.name === 'second' ? '0' : '*'));
-    try {
-      CronExpressionParser.parse(alone.join(' '));
-    } catch {
-      throw refused;
-    }
+  } catch {
+    for (const [i, part] of parts.entries()) if (!isGoodAlone(i, part)) throw refused(i, part);
+    // Each field is good by itself, so it is the day that no named month has.
+  }
+  if (compiled && everFires(compiled)) return compiled;
+  throw new CronError('day_of_month', `${shorten(text)} never fires: no month it names has such a day.`);
+}
+
+function refused(index: number, part: string): CronError {
+  const { name, allowed } = FIELDS[index] ?? { name: 'expression', allowed: '' };
+  return new CronError(
+    name,
+    `The ${name.replaceAll('_', ' ')} field "${shorten(part)}" is not valid: allowed are ${allowed}, and *, lists, ranges and steps that name no value twice.`,
+  );
+}
+
+function isGoodAlone(index: number, part: string): boolean {
+  try {
+    CronExpressionParser.parse(FIELDS.map((_, i) => (i === index ? part : '*')).join(' '));
+    return true;
+  } catch {
+    return false;
   }
 }
 
-/** Whether some day from 2000 on matches: a cycle of 28 years and the leap day of 2000 cover every calendar year there is. */
-function everFires(fields: CronFields): boolean {
-  for (let year = 2000; year < 2029; year++) {
-    for (const month of fields.months) {
-      const last = daysIn(year, month);
-      const first = new Date(Date.UTC(year, month - 1, 1)).getUTCDay();
-      for (let day = 1; day <= last; day++) {
-        if (fields.matchesDay(day, (first + day - 1) % 7, last)) return true;
+const shorten = (text: string) => (text.length > 40 ? `${text.slice(0, 40)}…` : text);
+
+/** The library's fields as what the search needs; `both` says whether a day must match by month and by week. */
+function compile(fields: ReturnType<typeof CronExpressionParser.parse>['fields'], both: boolean): CronFields {
+  const hours = fields.hour.values.map(Number);
+  const months = new Set(fields.month.values.map(Number));
+  const days = new Set<number | string>(fields.dayOfMonth.values);
+  const weekdays = new Set(
+    fields.dayOfWeek.values.filter((value) => typeof value === 'number').map((value) => value % 7),
+  );
+  // "5L": the last Friday.
+  const lastWeekdays = new Set(
+    fields.dayOfWeek.values.filter((value) => typeof value === 'string').map((value) => Number.parseInt(value, 10) % 7),
+  );
+  const { nthDay } = fields.dayOfWeek;
+  const matches = (day: number, weekday: number, length: number) => {
+    const byDay = days.has(day) || (days.has('L') && day === length);
+    const byWeekday =
+      (weekdays.has(weekday) && (nthDay <= 0 || Math.ceil(day / 7) === nthDay)) ||
+      (lastWeekdays.has(weekday) && day > length - 7);
+    return both ? byDay && byWeekday : byDay || byWeekday;
+  };
+  const known = new Map<number, number>();
+  return {
+    seconds: fields.second.values.map(Number),
+    minutes: fields.minute.values.map(Number),
+    hours,
+    everyHour: hours.length === 24,
+    daysOf(month, weekday, length) {
+      if (!months.has(month)) return 0;
+      const key = length * 7 + weekday;
+      let bits = known.get(key);
+      if (bits === undefined) {
+        bits = 0;
+        for (let day = 1; day <= length; day++)
+          if (matches(day, (weekday + day - 1) % 7, length)) bits |= 1 << (day - 1);
+        known.set(key, bits);
       }
-    }
-  }
-  return false;
+      return bits;
+    },
+  };
 }
 
-/** The number of days of a month (1–12). */
-export function daysIn(year: number, month: number): number {
-  return new Date(Date.UTC(year, month, 0)).getUTCDate();
+/** Whether some day of some year matches: a month of any length begins on any day of the week sooner or later. */
+function everFires(fields: CronFields): boolean {
+  const lengths = [31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+  return lengths.some((length, i) =>
+    [0, 1, 2, 3, 4, 5, 6].some((weekday) => fields.daysOf(i + 1, weekday, length) !== 0),
+  );
 }

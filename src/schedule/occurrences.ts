@@ -1,4 +1,5 @@
-import { type CronFields, daysIn } from './cron.ts';
+import type { CronFields } from './cron.ts';
+import { countWalls, nextWall } from './wall.ts';
 import { type Segment, segmentAt } from './zone.ts';
 
 // When a schedule fires.
@@ -14,6 +15,9 @@ import { type Segment, segmentAt } from './zone.ts';
 // Unless told otherwise, a schedule whose hour field holds all 24 hours follows elapsed time: gap skipped, fold both, so a
 // minutely job neither pauses for an hour nor bursts. Any other means a time of day: gap shifted, fold first, so a daily
 // job runs once every day.
+//
+// The iterator of cron-parser is not used: it steps a date of a zone from field to field (4,449 a second), shifts over a
+// gap of an hour but loses the day of one of half an hour, and cannot be told what to do with a fold.
 
 export type GapPolicy = 'skip' | 'shift';
 export type FoldPolicy = 'first' | 'both';
@@ -25,37 +29,31 @@ export interface DstPolicy {
 export interface Occurrence {
   /** The instant it fires, in ms of UTC. */
   scheduledFor: number;
-  /** What a clock change does to it, as a sentence; absent where nothing does. */
+  /**
+   * What a clock change does to it, as a sentence; absent where nothing does. One that is skipped is no occurrence: the
+   * next one says so.
+   */
   note?: string;
 }
 
 const DAY = 86_400_000;
 /** The longest silence of a schedule that fires at all: the same date on the same weekday in a leap year, over 1900 or 2100. */
-const HORIZON_YEARS = 41;
+const HORIZON = 41 * 365.25 * DAY;
+const FIRST = Date.UTC(1900, 0, 1);
+const LAST = Date.UTC(9999, 11, 30);
 
-/** The first occurrence after `afterMs`; undefined when there is none within 41 years or before the year 10000. */
+/**
+ * The first occurrence after `afterMs`, from 1900 on; undefined when there is none within 41 years or before the year
+ * 10000. Throws RangeError for what is no time zone.
+ */
 export function nextOccurrence(
   cron: CronFields,
   zone: string,
   afterMs: number,
   policy: DstPolicy = {},
 ): Occurrence | undefined {
-  const gap = policy.gap ?? (cron.everyHour ? 'skip' : 'shift');
-  const fold = policy.fold ?? (cron.everyHour ? 'both' : 'first');
-  // Ticks are whole seconds: the first one after.
-  const from = Math.floor(afterMs / 1000) * 1000 + 1000;
-  const horizon = Math.min(from + HORIZON_YEARS * 365.25 * DAY, Date.UTC(9999, 11, 30));
-  for (let at = from; at < horizon; ) {
-    const segment = segmentAt(zone, at);
-    const found = nextInSegment(cron, zone, segment, at, gap, fold);
-    if (found) return found;
-    // What lies in years to come is looked for on a clock without zones first: only where it says there may be something
-    // are segments worth their making. No zone is further than a day from it, and no gap or fold is longer.
-    const ahead = nextWall(cron, segment.end - DAY, horizon + DAY);
-    if (ahead === undefined) return undefined;
-    at = Math.max(segment.end, ahead - 2 * DAY);
-  }
-  return undefined;
+  const from = Math.max(FIRST, secondAfter(afterMs));
+  return search(rules(cron, zone, policy), from, Math.min(from + HORIZON, LAST));
 }
 
 /** The first `count` occurrences after `afterMs`. */
@@ -67,94 +65,142 @@ export function nextOccurrences(
   policy: DstPolicy = {},
 ): Occurrence[] {
   const found: Occurrence[] = [];
-  let next = nextOccurrence(cron, zone, afterMs, policy);
-  while (next && found.length < count) {
+  let at = afterMs;
+  while (found.length < count) {
+    const next = nextOccurrence(cron, zone, at, policy);
+    if (!next) break;
     found.push(next);
-    next = nextOccurrence(cron, zone, next.scheduledFor, policy);
+    at = next.scheduledFor;
   }
   return found;
 }
 
-function nextInSegment(
+/**
+ * The occurrences from `fromMs` (inclusive) to `untilMs` (exclusive), one at a time, so that a caller can let others run
+ * between two of them. Nothing is searched beyond `untilMs`.
+ */
+export function* occurrencesBetween(
   cron: CronFields,
   zone: string,
-  { start, end, offset }: Segment,
-  from: number,
-  gap: GapPolicy,
-  fold: FoldPolicy,
-): Occurrence | undefined {
-  const before = segmentAt(zone, start - 1).offset;
-  // Wall times that the segment before has had already.
-  const repeatedUntil = start + before;
-  const first = fold === 'first' ? Math.max(from + offset, repeatedUntil) : from + offset;
-  const wall = nextWall(cron, first, end + offset);
-  const natural = wall === undefined ? undefined : wall - offset;
+  fromMs: number,
+  untilMs: number,
+  policy: DstPolicy = {},
+): Generator<Occurrence, void, undefined> {
+  const applied = rules(cron, zone, policy);
+  const until = Math.min(untilMs, LAST);
+  for (let at = Math.max(FIRST, secondAfter(fromMs - 1)); ; ) {
+    const next = search(applied, at, until);
+    if (!next) return;
+    yield next;
+    at = secondAfter(next.scheduledFor);
+  }
+}
 
-  if (gap === 'shift' && offset > before) {
+/** How many occurrences lie from `fromMs` (inclusive) to `untilMs` (exclusive); computed, not walked through. */
+export function countOccurrences(
+  cron: CronFields,
+  zone: string,
+  fromMs: number,
+  untilMs: number,
+  policy: DstPolicy = {},
+): number {
+  const applied = rules(cron, zone, policy);
+  const until = Math.min(untilMs, LAST);
+  let count = 0;
+  for (let at = Math.max(FIRST, secondAfter(fromMs - 1)); at < until; ) {
+    const segment = segmentAt(zone, at);
+    const end = Math.min(segment.end, until);
+    const gapEnd = Math.min(segment.start + segment.offset - segment.before, end);
+    if (applied.gap === 'shift' && at < gapEnd) {
+      // Shifted ticks may lie on others here, so these few are looked at one by one.
+      const next = search(applied, at, gapEnd);
+      if (next) count += 1;
+      at = next ? secondAfter(next.scheduledFor) : gapEnd;
+    } else {
+      count += countWalls(cron, firstWall(applied, segment, at), end + segment.offset);
+      at = end;
+    }
+  }
+  return count;
+}
+
+/** What one search goes by. */
+interface Rules {
+  cron: CronFields;
+  zone: string;
+  gap: GapPolicy;
+  fold: FoldPolicy;
+}
+
+function rules(cron: CronFields, zone: string, { gap, fold }: DstPolicy): Rules {
+  return {
+    cron,
+    zone,
+    gap: gap ?? (cron.everyHour ? 'skip' : 'shift'),
+    fold: fold ?? (cron.everyHour ? 'both' : 'first'),
+  };
+}
+
+/** Ticks are whole seconds: the first one after. */
+const secondAfter = (ms: number) => Math.floor(ms / 1000) * 1000 + 1000;
+
+/** The first occurrence in [from, until). */
+function search(applied: Rules, from: number, until: number): Occurrence | undefined {
+  const { cron, zone } = applied;
+  let skipped: number | undefined;
+  for (let at = from; at < until; ) {
+    const segment = segmentAt(zone, at);
+    if (applied.gap === 'skip' && !cron.everyHour && at === segment.start) {
+      skipped = nextWall(cron, at + segment.before, at + segment.offset) ?? skipped;
+    }
+    const found = nextInSegment(applied, segment, at);
+    if (found) {
+      if (found.scheduledFor >= until) return undefined;
+      if (skipped === undefined) return found;
+      return {
+        ...found,
+        note: `${wallText(skipped)} does not exist in ${zone}, where clocks go forward, and is skipped; this is the next time.`,
+      };
+    }
+    // What lies in years to come is looked for on a clock without zones first: only where it says there may be something
+    // are segments worth their making. No zone is further than a day from it, and no gap or fold is longer.
+    const ahead = nextWall(cron, segment.end - DAY, until + DAY);
+    if (ahead === undefined) return undefined;
+    at = Math.max(segment.end, ahead - 2 * DAY);
+  }
+  return undefined;
+}
+
+/** The first wall time to look at for ticks from `at` on: with fold first, not those that were there before. */
+function firstWall({ fold }: Rules, { start, offset, before }: Segment, at: number): number {
+  return fold === 'first' ? Math.max(at + offset, start + before) : at + offset;
+}
+
+function nextInSegment(applied: Rules, segment: Segment, from: number): Occurrence | undefined {
+  const { cron, zone, gap } = applied;
+  const { start, end, offset, before, after } = segment;
+  const wall = nextWall(cron, firstWall(applied, segment, from), end + offset);
+  if (gap === 'shift' && from + before < start + offset) {
     const missing = nextWall(cron, from + before, start + offset);
-    if (missing !== undefined) {
-      const shifted = missing - before;
-      if (natural === undefined || shifted < natural) {
-        return {
-          scheduledFor: shifted,
-          note: `${wallText(missing)} does not exist in ${zone}, where clocks go forward; it runs at ${clockText(shifted + offset)}.`,
-        };
-      }
+    const shifted = missing === undefined ? Number.POSITIVE_INFINITY : missing - before;
+    if (missing !== undefined && (wall === undefined || shifted < wall - offset)) {
+      return {
+        scheduledFor: shifted,
+        note: `${wallText(missing)} does not exist in ${zone}, where clocks go forward; it runs at ${clockText(shifted + offset)}.`,
+      };
     }
   }
-  if (natural === undefined || wall === undefined) return undefined;
-  if (wall < repeatedUntil) {
-    return { scheduledFor: natural, note: `${wallText(wall)} happens twice in ${zone}; this is the second time.` };
+  if (wall === undefined) return undefined;
+  const scheduledFor = wall - offset;
+  if (wall < start + before) {
+    return { scheduledFor, note: `${wallText(wall)} happens twice in ${zone}; this is the second time.` };
   }
-  const after = segmentAt(zone, end).offset;
-  if (after < offset && wall >= end + after) {
-    return { scheduledFor: natural, note: `${wallText(wall)} happens twice in ${zone}; this is the first time.` };
+  if (wall >= end + after) {
+    return { scheduledFor, note: `${wallText(wall)} happens twice in ${zone}; this is the first time.` };
   }
-  return { scheduledFor: natural };
+  return { scheduledFor };
 }
 
-/** The first matching wall time in [from, until), as ms of a clock that knows no zones. */
-function nextWall(cron: CronFields, from: number, until: number): number | undefined {
-  if (from >= until) return undefined;
-  let day = Math.floor(from / DAY) * DAY;
-  let inDay = from - day;
-  while (day < until) {
-    const date = new Date(day);
-    const [year, month] = [date.getUTCFullYear(), date.getUTCMonth() + 1];
-    if (!cron.months.has(month)) {
-      day = Date.UTC(year, month, 1);
-      inDay = 0;
-      continue;
-    }
-    if (cron.matchesDay(date.getUTCDate(), date.getUTCDay(), daysIn(year, month))) {
-      const time = nextInDay(cron, inDay);
-      if (time !== undefined) return day + time < until ? day + time : undefined;
-    }
-    day += DAY;
-    inDay = 0;
-  }
-  return undefined;
-}
-
-/** The first matching time of day at or after `from` (ms since midnight). */
-function nextInDay(cron: CronFields, from: number): number | undefined {
-  const fromSecond = Math.ceil(from / 1000);
-  const [h, m, s] = [Math.floor(fromSecond / 3600), Math.floor(fromSecond / 60) % 60, fromSecond % 60];
-  const firstMinute = cron.minutes[0] ?? 0;
-  const firstSecond = cron.seconds[0] ?? 0;
-  for (const hour of cron.hours) {
-    if (hour < h) continue;
-    if (hour > h) return ((hour * 60 + firstMinute) * 60 + firstSecond) * 1000;
-    for (const minute of cron.minutes) {
-      if (minute < m) continue;
-      if (minute > m) return ((hour * 60 + minute) * 60 + firstSecond) * 1000;
-      for (const second of cron.seconds) {
-        if (second >= s) return ((hour * 60 + minute) * 60 + second) * 1000;
-      }
-    }
-  }
-  return undefined;
-}
-
-const wallText = (wall: number) => new Date(wall).toISOString().slice(0, 16).replace('T', ' ');
-const clockText = (wall: number) => new Date(wall).toISOString().slice(11, 16);
+const wallText = (wall: number) => `${new Date(wall).toISOString().slice(0, 10)} ${clockText(wall)}`;
+/** Seconds only where there are some. */
+const clockText = (wall: number) => new Date(wall).toISOString().slice(11, wall % 60_000 === 0 ? 16 : 19);
