@@ -14,6 +14,7 @@ export async function makeFolder(folder: string, mode: number): Promise<void> {
     const above = dirname(folder);
     if (code !== 'ENOENT' || above === folder || (await stat(above).catch(() => undefined))) throw error;
     await makeFolder(above, mode);
-    await mkdir(folder, { mode });
+    // Another start may have made it by now.
+    return makeFolder(folder, mode);
   }
 }
