@@ -114,7 +114,9 @@ export async function startRelay(deps: { db: Database; bus: Bus; logger: Logger;
   const open = async () => {
     const client = createClient({ url: directUrl, name: 'muster-relay', queryTimeoutMs: PROBE_TIMEOUT_MS });
     const lost = () => {
-      if (session?.client === client) session = undefined;
+      if (session?.client !== client) return;
+      session = undefined;
+      loop.wake();
     };
     client.on('error', lost);
     client.on('end', lost);
