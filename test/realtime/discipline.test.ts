@@ -6,7 +6,7 @@ import { type WebSocket, WebSocketServer } from 'ws';
 import { readConfig } from '../../src/config.ts';
 import type { Database } from '../../src/db/database.ts';
 import type { Identity } from '../../src/http/authenticate.ts';
-import { createFeed, type Feed } from '../../src/realtime/feed.ts';
+import { createFeed, type Feed, type PlacedEvent, visibleEvents } from '../../src/realtime/feed.ts';
 import { startRelay } from '../../src/realtime/relay.ts';
 import { createSockets, type Hello, RHYTHM, SOCKET_OPTIONS, type Sockets } from '../../src/realtime/sockets.ts';
 import { createTestDatabase } from '../support/postgres.ts';
@@ -184,6 +184,29 @@ test('a slow reader is closed with 1013 and cut off; what waited for it was boun
   for (const { client } of [slow, quick]) client.socket.terminate();
 });
 
+test('what is deleted in the middle of a replay is told with resync_required', async () => {
+  const { open } = await stage();
+  await emit(db, ...[1, 2, 3].map((n) => numbered(n, { userId: 1 })));
+  await until(
+    async () => (await db.query({ text: 'select from events' })).rowCount,
+    (count) => count === 3,
+  );
+  const pruning: Database = {
+    ...db,
+    async query(statement) {
+      if (statement.name === 'feed-visible-between') await db.query({ text: 'delete from events where event_id <= 2' });
+      return db.query(statement);
+    },
+  };
+  const { client } = await open({ lastEventId: 0 }, createSockets({ config, db: pruning, feed, logger }));
+  expect((await client.ack).data['resumed']).toBe(true);
+  await client.frame(({ type }) => type === 'resync_required');
+  await emit(db, numbered(4, { userId: 1 }));
+  await client.frame(({ data }) => data['n'] === 4);
+  expect(client.numbers()).toEqual([4]);
+  client.socket.close();
+});
+
 describe('a fault of ours', () => {
   test('in one socket ends that one with 1011 and reaches no other', async () => {
     const { open } = await stage();
@@ -241,26 +264,78 @@ test('going away closes every socket with 1001, also one that is just opening an
   deaf.client.socket.terminate();
 });
 
-test('a socket that is gone before it was greeted is forgotten', async () => {
-  let ready = () => {};
-  const listeners = new Set<unknown>();
-  const waiting: Feed = {
+/** The feed, whose readiness and events wait for the test. */
+function heldFeed(): Feed & { letReady(): void; listeners: Set<(event: PlacedEvent) => void> } {
+  let letReady = () => {};
+  const ready = new Promise<void>((resolve) => {
+    letReady = resolve;
+  });
+  const listeners = new Set<(event: PlacedEvent) => void>();
+  return {
     ...feed,
-    ready: () =>
-      new Promise<void>((resolve) => {
-        ready = resolve;
-      }),
+    letReady: () => letReady(),
+    listeners,
+    position: () => 0,
+    ready: () => ready,
     subscribe(listener) {
       listeners.add(listener);
       return () => void listeners.delete(listener);
     },
   };
+}
+
+test('a socket that is gone before it was greeted is forgotten', async () => {
   const { open } = await stage();
-  const sockets = createSockets({ config, db, feed: waiting, logger });
+  const held = heldFeed();
+  const sockets = createSockets({ config, db, feed: held, logger });
   const { client, end } = await open({}, sockets);
   client.socket.once('open', () => client.socket.terminate());
   await once(end, 'close');
-  ready();
+  held.letReady();
   await sockets.closeAll();
-  expect(listeners.size).toBe(0);
+  expect(held.listeners.size).toBe(0);
+});
+
+test('what a client says before it was greeted is answered after that', async () => {
+  const { open } = await stage();
+  const held = heldFeed();
+  const early = await open({}, createSockets({ config, db, feed: held, logger }));
+  await once(early.client.socket, 'open');
+  early.client.say({ type: 'ping' });
+  // Meanwhile another one comes, says more and is answered.
+  const { client } = await open();
+  await client.ack;
+  for (let pongs = 1; pongs <= 5; pongs++) {
+    client.say({ type: 'ping' });
+    await until(
+      async () => client.frames.filter(({ type }) => type === 'pong').length,
+      (count) => count === pongs,
+    );
+  }
+  held.letReady();
+  await early.client.frame(({ type }) => type === 'pong');
+  expect(early.client.frames.map(({ type }) => type)).toEqual(['ack', 'pong']);
+  for (const { socket } of [client, early.client]) socket.close();
+});
+
+test('a client that comes from a process whose feed is ahead of this one is given nothing twice', async () => {
+  const { open } = await stage();
+  await emit(db, ...[1, 2, 3].map((n) => numbered(n, { userId: 1 })));
+  await until(
+    async () => (await db.query({ text: 'select from events' })).rowCount,
+    (count) => count === 3,
+  );
+  const behind = heldFeed();
+  behind.letReady();
+  const { client } = await open({ lastEventId: 2 }, createSockets({ config, db, feed: behind, logger }));
+  expect((await client.ack).data).toMatchObject({ resumed: true, last_event_id: 2 });
+  await until(
+    async () => behind.listeners.size,
+    (size) => size === 1,
+  );
+  const { events } = await visibleEvents(db, 0, 3, 1);
+  for (const event of events) for (const listener of behind.listeners) listener(event);
+  await client.frame(({ data }) => data['n'] === 3);
+  expect(client.numbers()).toEqual([3]);
+  client.socket.close();
 });
