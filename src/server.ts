@@ -11,7 +11,7 @@ import { requireAccessRules } from './http/access.ts';
 import type { App, Deps } from './http/app.ts';
 import { authenticate } from './http/authenticate.ts';
 import { createDrain, type Drain } from './http/drain.ts';
-import { handleErrors } from './http/error-handler.ts';
+import { handleClientError, handleErrors, handleFrameworkError } from './http/error-handler.ts';
 import { describeApi } from './http/openapi.ts';
 import { rateLimits } from './http/rate-limit.ts';
 import { requestId } from './http/request-id.ts';
@@ -32,6 +32,8 @@ export async function buildServer(
     genReqId: requestId,
     trustProxy: config.TRUST_PROXY.length > 0 ? config.TRUST_PROXY : false,
     bodyLimit: config.BODY_LIMIT_BYTES,
+    frameworkErrors: handleFrameworkError,
+    clientErrorHandler: handleClientError,
     return503OnClosing: false, // drain.ts answers what still arrives.
     forceCloseConnections: false,
     keepAliveTimeout: 5_000,

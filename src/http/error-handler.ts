@@ -1,3 +1,4 @@
+import type { Socket } from 'node:net';
 import type { FastifyError, FastifyInstance, FastifyReply, FastifyRequest } from 'fastify';
 import { databaseProblem, PROBLEMS, Problem, type ProblemKind } from './problem.ts';
 
@@ -54,6 +55,31 @@ export function handleErrors(app: FastifyInstance): void {
   });
   app.setNotFoundHandler((request, reply) =>
     sendProblem(new Problem('not-found', 'There is nothing at this path; /docs lists what there is.'), request, reply),
+  );
+}
+
+/**
+ * Answers what Fastify refuses before there is a route: paths that cannot be decoded, or whose parts are too long. No hook
+ * has run by then.
+ */
+export function handleFrameworkError(error: FastifyError, request: FastifyRequest, reply: FastifyReply): void {
+  sendProblem(toProblem(error), request, reply.header('x-request-id', request.id));
+}
+
+/** What Node's parser refuses never becomes a request: the problem is written by hand, and the connection ends. */
+export function handleClientError(error: NodeJS.ErrnoException, socket: Socket): void {
+  if (error.code === 'ECONNRESET' || !socket.writable) return void socket.destroy();
+  const [line, kind, detail]: [string, string, string] =
+    error.code === 'ERR_HTTP_REQUEST_TIMEOUT'
+      ? ['408 Request Timeout', 'timeout', 'The request took too long to arrive.']
+      : error.code === 'HPE_HEADER_OVERFLOW'
+        ? ['431 Request Header Fields Too Large', 'invalid-request', 'The headers are larger than this server takes.']
+        : ['400 Bad Request', 'invalid-request', 'This is not valid HTTP.'];
+  const status = Number(line.slice(0, 3));
+  const title = line.slice(4);
+  const body = JSON.stringify({ type: `urn:muster:problem:${kind}`, title, status, detail });
+  socket.end(
+    `HTTP/1.1 ${line}\r\nContent-Type: application/problem+json; charset=utf-8\r\nContent-Length: ${Buffer.byteLength(body)}\r\nConnection: close\r\n\r\n${body}`,
   );
 }
 
