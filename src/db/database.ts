@@ -38,14 +38,6 @@ export function sqlState(error: unknown): string | undefined {
   return undefined;
 }
 
-/** The name of the constraint that an error of Postgres is about. */
-export function violatedConstraint(error: unknown): string | undefined {
-  for (let e = error; e instanceof Error; e = e.cause) {
-    if ('constraint' in e && typeof e.constraint === 'string') return e.constraint;
-  }
-  return undefined;
-}
-
 /**
  * The database behind a pool. Transactions are ours and not Drizzle's, whose `transaction()` leaks the connection for
  * good when BEGIN fails, gives a dead one back when ROLLBACK fails, and lets a handle work on after its end.
