@@ -183,7 +183,7 @@ function nextInSegment(applied: Rules, segment: Segment, from: number): Occurren
   if (gap === 'shift' && from + before < start + offset) {
     const missing = nextWall(cron, from + before, start + offset);
     const shifted = missing === undefined ? Number.POSITIVE_INFINITY : missing - before;
-    if (missing !== undefined && (wall === undefined || shifted < wall - offset)) {
+    if (missing !== undefined && (wall === undefined || shifted <= wall - offset)) {
       return {
         scheduledFor: shifted,
         note: `${wallText(missing)} does not exist in ${zone}, where clocks go forward; it runs at ${clockText(shifted + offset)}.`,

@@ -5,7 +5,7 @@ import type { CronFields } from './cron.ts';
 
 const DAY = 86_400_000;
 
-/** The first matching wall time in [from, until). */
+/** The first matching wall time in [from, until), from a whole second on. */
 export function nextWall(cron: CronFields, from: number, until: number): number | undefined {
   if (from >= until) return undefined;
   const day = Math.floor(from / DAY);
@@ -75,9 +75,9 @@ function daysIn(year: number, month: number): number {
   return month === 4 || month === 6 || month === 9 || month === 11 ? 30 : 31;
 }
 
-/** The first matching time of day at or after `from`, in ms since midnight. */
+/** The first matching time of day at or after `from`, a whole second, in ms since midnight. */
 function nextTime(cron: CronFields, from: number): number | undefined {
-  const fromSecond = Math.ceil(from / 1000);
+  const fromSecond = from / 1000;
   const [h, m, s] = [Math.floor(fromSecond / 3600), Math.floor(fromSecond / 60) % 60, fromSecond % 60];
   const [firstMinute = 0] = cron.minutes;
   const [firstSecond = 0] = cron.seconds;

@@ -301,9 +301,20 @@ describe('the table of clock changes, made by hand from the rules of each zone',
       /2026-03-08 02:30 does not exist .* skipped; this is the next/,
     );
     expect(notes('30 2 * * *', '2026-03-08T07:00:00Z', { gap: 'skip' })).toBeUndefined();
+    expect(notes('30 2,3 * * *', '2026-03-08T06:00:00Z')).toMatch(/02:30 does not exist .* runs at 03:30/);
     expect(notes('*/30 * * * *', '2026-03-08T06:30:00Z')).toBeUndefined();
     expect(notes('30 2 * * *', '2026-03-09T12:00:00Z')).toBeUndefined();
     expect(notes('30 2 * * *', '2026-11-01T04:00:00Z')).toBeUndefined();
+  });
+
+  test('nor is it lost where two stretches of what is known of a zone meet', () => {
+    // Stretches are 366 days from 1970 on: one ends at midnight, and an hour later Troll goes back by two.
+    const from = Date.parse('2367-10-28T12:00:00Z');
+    const [first, second] = nextOccurrences(parseCron('30 1 * * *'), 'Antarctica/Troll', from, 2, { fold: 'both' });
+    expect(first?.scheduledFor).toBe(Date.parse('2367-10-28T23:30:00Z'));
+    expect(first?.note).toMatch(/first time/);
+    expect(second?.scheduledFor).toBe(Date.parse('2367-10-29T01:30:00Z'));
+    expect(second?.note).toMatch(/second time/);
   });
 });
 
@@ -518,6 +529,23 @@ describe('the search', () => {
           if (!cron.everyHour) seen.add(clock.format(scheduledFor));
         }
         if (!cron.everyHour && seen.size !== count) expect.fail(`${pattern} in ${zone}: a time of day came twice`);
+      }
+    }
+  });
+
+  test('in every zone there is, noon is noon, for ten years of changes', () => {
+    const noon = parseCron('0 12 * * 1');
+    const [start, end] = [Date.parse('2026-01-01T00:00:00Z'), Date.parse('2036-01-01T00:00:00Z')];
+    for (const zone of Intl.supportedValuesOf('timeZone')) {
+      const clock = new Intl.DateTimeFormat('en-GB', {
+        timeZone: zone,
+        weekday: 'short',
+        hour: '2-digit',
+        minute: '2-digit',
+      });
+      for (const { scheduledFor } of occurrencesBetween(noon, zone, start, end)) {
+        const shown = clock.format(scheduledFor);
+        if (!/^Mon.* 12:00$/.test(shown)) expect.fail(`${zone} at ${new Date(scheduledFor).toISOString()}: ${shown}`);
       }
     }
   });
