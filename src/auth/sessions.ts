@@ -2,12 +2,15 @@ import { randomUUID } from 'node:crypto';
 import { and, eq, isNull, sql } from 'drizzle-orm';
 import { recordAudit } from '../audit/record.ts';
 import type { Tx } from '../db/database.ts';
-import { refreshTokens } from '../db/schema.ts';
+import { refreshTokens, users } from '../db/schema.ts';
 import { hashSecret, newSecret } from './tokens.ts';
-import { findUser, type Visitor } from './users.ts';
+import type { Visitor } from './users.ts';
 
 // A login starts a family of refresh tokens, of which one at a time is good: each is spent for the next. A spent one that
 // comes again was stolen, by whom there is no telling, so the whole family ends, and with it the access tokens that name it.
+//
+// Whatever spends or ends tokens holds their user's row while it does: without that, a family that ends while its token is
+// being spent would not see the next token, which is not committed yet, and that one would outlive the end.
 
 /** Starts a family; answers its id and its first refresh token. */
 export async function startSession(
@@ -40,6 +43,8 @@ export async function rotateSession(
   token: string,
   ttlSeconds: number,
 ): Promise<{ userId: number; family: string; refreshToken: string } | undefined> {
+  const user = await lockUserOf(tx, token);
+  if (!user) return undefined;
   const [row] = await tx.orm
     .select({
       id: refreshTokens.id,
@@ -50,10 +55,8 @@ export async function rotateSession(
       expired: sql<boolean>`${refreshTokens.expiresAt} <= now()`,
     })
     .from(refreshTokens)
-    .where(eq(refreshTokens.tokenHash, hashSecret(token)))
-    .for('update');
+    .where(eq(refreshTokens.tokenHash, hashSecret(token)));
   if (!row || row.revokedAt || row.expired) return undefined;
-  const user = await findUser(tx, row.userId);
   if (row.spentAt) {
     await revokeFamily(tx, row.familyId);
     await recordAudit(
@@ -69,7 +72,7 @@ export async function rotateSession(
     );
     return undefined;
   }
-  if (!user || user.disabledAt) return undefined;
+  if (user.disabledAt) return undefined;
   await tx.orm.update(refreshTokens).set({ spentAt: sql`now()` }).where(eq(refreshTokens.id, row.id));
   const refreshToken = await issue(tx, row.userId, row.familyId, ttlSeconds);
   return { userId: row.userId, family: row.familyId, refreshToken };
@@ -77,11 +80,28 @@ export async function rotateSession(
 
 /** Ends the session of a refresh token, whatever became of the token; one that does not exist ends nothing. */
 export async function endSession(tx: Tx, token: string): Promise<void> {
+  if (!(await lockUserOf(tx, token))) return;
   const [row] = await tx.orm
     .select({ familyId: refreshTokens.familyId })
     .from(refreshTokens)
     .where(eq(refreshTokens.tokenHash, hashSecret(token)));
   if (row) await revokeFamily(tx, row.familyId);
+}
+
+/** Locks the user of a token until the transaction ends; undefined when there is no such token. */
+async function lockUserOf(tx: Tx, token: string): Promise<{ disabledAt: Date | null } | undefined> {
+  const [found] = await tx.orm
+    .select({ userId: refreshTokens.userId })
+    .from(refreshTokens)
+    .where(eq(refreshTokens.tokenHash, hashSecret(token)));
+  if (!found) return undefined;
+  // Not a plain FOR UPDATE: that would also make everything wait that refers to the user, such as the insert of a task.
+  const [user] = await tx.orm
+    .select({ disabledAt: users.disabledAt })
+    .from(users)
+    .where(eq(users.id, found.userId))
+    .for('no key update');
+  return user;
 }
 
 async function revokeFamily(tx: Tx, familyId: string): Promise<void> {
