@@ -23,37 +23,29 @@ const url = (protocols: string[], example: string) => {
   });
 };
 
-const origins = z
-  .string()
-  .transform((text) =>
-    text
-      .split(',')
-      .map((part) => part.trim())
-      .filter(Boolean),
-  )
-  .refine((list) => list.every((o) => o === '*' || (URL.canParse(o) && new URL(o).origin === o.toLowerCase())), {
-    error: 'origins such as https://app.example.com, separated by commas, or * for any',
-  });
+const list = z.string().transform((text) =>
+  text
+    .split(',')
+    .map((part) => part.trim())
+    .filter(Boolean),
+);
+
+const origins = list.refine(
+  (all) => all.every((o) => o === '*' || (URL.canParse(o) && new URL(o).origin === o.toLowerCase())),
+  { error: 'origins such as https://app.example.com, separated by commas, or * for any' },
+);
 
 /** An address or a CIDR block: what @fastify/proxy-addr takes. Hop counts and `true` are refused, since both let a caller choose its own address. */
-const proxies = z
-  .string()
-  .transform((text) =>
-    text
-      .split(',')
-      .map((part) => part.trim())
-      .filter(Boolean),
-  )
-  .refine(
-    (list) =>
-      list.every((entry) => {
-        const [address = '', bits] = entry.split('/');
-        const family = isIP(address);
-        if (family === 0) return false;
-        return bits === undefined || (/^\d{1,3}$/.test(bits) && Number(bits) <= (family === 4 ? 32 : 128));
-      }),
-    { error: 'addresses or blocks of proxies you run, such as 10.0.0.5 or 10.0.0.0/8, separated by commas' },
-  );
+const proxies = list.refine(
+  (all) =>
+    all.every((entry) => {
+      const [address = '', bits] = entry.split('/');
+      const family = isIP(address);
+      if (family === 0) return false;
+      return bits === undefined || (/^\d{1,3}$/.test(bits) && Number(bits) <= (family === 4 ? 32 : 128));
+    }),
+  { error: 'addresses or blocks of proxies you run, such as 10.0.0.5 or 10.0.0.0/8, separated by commas' },
+);
 
 const variables = z.object({
   NODE_ENV: z

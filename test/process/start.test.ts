@@ -211,3 +211,37 @@ describe('many starts at once', () => {
     }
   });
 });
+
+describe('npm run admin:create', () => {
+  const create = async (args: string[], env: Record<string, string>) => {
+    const started = startProgram('src/auth/create-admin.ts', { folder, env, args });
+    return { code: await started.exited, out: started.out(), err: started.err().trim() };
+  };
+
+  test('makes an admin whose password is printed once, and says why when it cannot', async () => {
+    const database = await createTestDatabase();
+    const env = { DATABASE_URL: database.url, JWT_SECRET: 'k7Jx2mQ9vT4wZ8bN5cR1yH6uP3sD0fGa' };
+    try {
+      const made = await create(['--email', 'Ada@example.com', '--name', 'Ada'], env);
+      expect(made).toMatchObject({ code: 0, err: '' });
+      const password = made.out.trim().split('\n').at(-1) ?? '';
+      const server = await startServerProcess({ folder, env });
+      const anybody = caller(server.url, undefined);
+      const login = await anybody('POST', '/auth/login', { email: 'ada@example.com', password });
+      expect((await caller(server.url, login.body.access_token)('GET', '/auth/me')).body.role).toBe('admin');
+      const again = await create(['--email', 'ada@example.com'], env);
+      expect(again).toMatchObject({
+        code: 1,
+        err: expect.stringMatching(/^There is a user with this email address already/),
+      });
+      expect((await create(['--email', 'ada'], env)).err).toMatch(/^--email must be an email address\. Usage: /);
+      expect((await create(['--mail', 'x'], env)).err).toMatch(/Usage: /);
+      expect((await create(['--email', 'a@example.com'], {})).err).toMatch(
+        /^DATABASE_URL is not set: the embedded mode has/,
+      );
+    } finally {
+      await endPrograms();
+      await database.drop();
+    }
+  });
+});
