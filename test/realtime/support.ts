@@ -141,10 +141,13 @@ export async function rawConnection(
 /** A way to a Postgres that can be made to swallow everything, in both directions, without closing anything. */
 export async function createBlackHole(databaseUrl: string): Promise<{ url: string; swallow(): void; close(): void }> {
   const target = new URL(databaseUrl);
+  // Our own Postgres listens on a Unix socket, whose folder is the URL's host.
+  const host = decodeURIComponent(target.hostname);
+  const port = Number(target.port || 5432);
   let swallowing = false;
   const sockets = new Set<Socket>();
   const server = createServer((near) => {
-    const far = netConnect(Number(target.port || 5432), target.hostname);
+    const far = netConnect(host.startsWith('/') ? { path: `${host}/.s.PGSQL.${port}` } : { host, port });
     for (const [from, to] of [
       [near, far],
       [far, near],
