@@ -69,11 +69,16 @@ export function authRoutes(app: App, deps: Deps & { tokens: AccessTokens }): voi
     { config: open, schema: { tags, summary: 'Log in', body: loginBody, response: { 200: tokenAnswer } } },
     async (request, reply) => {
       requireOwnTokens(tokens);
-      await wrongForEmail.peek(request, reply);
-      await wrongFromAddress.peek(request, reply);
+      const turnAwayGuessers = async () => {
+        await wrongForEmail.peek(request, reply);
+        await wrongFromAddress.peek(request, reply);
+      };
+      await turnAwayGuessers();
       const { email, password } = request.body;
       const user = await findUserByEmail(db, email);
       const right = await verifyPassword(password, user?.passwordHash);
+      // Guesses that came at once had all passed by then: those that are checked too late must learn nothing.
+      await turnAwayGuessers();
       if (!right || !user || user.disabledAt) {
         await wrongForEmail.hit(request, reply);
         await wrongFromAddress.hit(request, reply);
