@@ -211,7 +211,7 @@ CREATE INDEX "api_keys_user_idx" ON "api_keys" USING btree ("user_id","id");--> 
 CREATE INDEX "audit_log_owner_idx" ON "audit_log" USING btree ("owner_id","id");--> statement-breakpoint
 CREATE INDEX "audit_log_entity_idx" ON "audit_log" USING btree ("entity_type","entity_id","id");--> statement-breakpoint
 CREATE INDEX "events_owner_idx" ON "events" USING btree ("user_id","event_id");--> statement-breakpoint
-CREATE INDEX "events_created_idx" ON "events" USING btree ("created_at");--> statement-breakpoint
+CREATE INDEX "events_shared_idx" ON "events" USING btree ("event_id") WHERE shared;--> statement-breakpoint
 CREATE INDEX "executions_owner_queue_idx" ON "executions" USING btree ("user_id","priority" DESC NULLS LAST,"available_at","id") WHERE status = 'queued';--> statement-breakpoint
 CREATE INDEX "executions_queue_idx" ON "executions" USING btree ("priority" DESC NULLS LAST,"available_at","id") WHERE status = 'queued';--> statement-breakpoint
 CREATE INDEX "executions_agent_running_idx" ON "executions" USING btree ("agent_id") WHERE status = 'running';--> statement-breakpoint

@@ -1,7 +1,14 @@
 import { createPublicKey, type KeyObject, randomUUID } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import jwt from '@fastify/jwt';
-import { createRemoteJWKSet, errors, jwtVerify } from 'jose';
+import {
+  createRemoteJWKSet,
+  customFetch,
+  errors,
+  type FetchImplementation,
+  type JWTVerifyGetKey,
+  jwtVerify,
+} from 'jose';
 import { z } from 'zod';
 import type { Config } from '../config.ts';
 import type { App } from '../http/app.ts';
@@ -32,6 +39,10 @@ const MAX_LIFE_SECONDS = 3_600;
 const MAX_EXTERNAL_LIFE_SECONDS = 86_400;
 const CLOCK_SLACK_SECONDS = 60;
 const MAX_TOKEN_LENGTH = 4_096;
+/** How soon an issuer that did not answer with its keys is asked again. */
+const ISSUER_RETRY_SECONDS = 5;
+/** What is wrong with a token, and not with the issuer, when no key is found for it. */
+const TOKEN_FAULTS = [errors.JWKSNoMatchingKey, errors.JWKSMultipleMatchingKeys, errors.JOSENotSupported];
 
 const claims = z.object({
   sub: z.string().regex(/^[1-9]\d{0,15}$/),
@@ -112,20 +123,37 @@ function externalVerifier(config: Config): ((token: string) => Promise<unknown>)
     return async (token) => (await jwtVerify(token, key, { ...expected, algorithms: [algorithm] })).payload;
   }
   if (config.JWT_JWKS_URL) {
-    // The set is fetched without following redirects, with a timeout, and for unknown keys at most every 30 s, so that
-    // made-up key ids cannot hammer the issuer.
-    const keys = createRemoteJWKSet(new URL(config.JWT_JWKS_URL), { timeoutDuration: 5_000, cooldownDuration: 30_000 });
-    return async (token) => {
-      try {
-        return (await jwtVerify(token, keys, { ...expected, algorithms: ['RS256', 'ES256', 'EdDSA'] })).payload;
-      } catch (error) {
-        const faultOfToken = error instanceof errors.JOSEError && !(error instanceof errors.JWKSTimeout);
-        if (faultOfToken && error.code !== 'ERR_JOSE_GENERIC') throw error;
-        throw unavailable('The keys of the token issuer cannot be had at the moment.', 5, error);
-      }
-    };
+    const keys = issuerKeys(new URL(config.JWT_JWKS_URL));
+    return async (token) =>
+      (await jwtVerify(token, keys, { ...expected, algorithms: ['RS256', 'ES256', 'EdDSA'] })).payload;
   }
   return undefined;
+}
+
+/**
+ * Finds the key of a token in the issuer's set. The set is fetched without following redirects and with a timeout; for key
+ * ids that it does not hold at most every 30 s, and every 5 s when the issuer is down, so that made-up tokens cannot hammer
+ * it. Without a set that can be read it throws 503: that is not the token's fault.
+ */
+function issuerKeys(url: URL): JWTVerifyGetKey {
+  let nextFetch = 0;
+  const keys = createRemoteJWKSet(url, {
+    timeoutDuration: 5_000,
+    cooldownDuration: 30_000,
+    [customFetch]: async (...request: Parameters<FetchImplementation>) => {
+      if (performance.now() < nextFetch) throw new Error('The issuer was asked a moment ago.');
+      nextFetch = performance.now() + ISSUER_RETRY_SECONDS * 1000;
+      return fetch(...request);
+    },
+  });
+  return async (header, token) => {
+    try {
+      return await keys(header, token);
+    } catch (error) {
+      if (TOKEN_FAULTS.some((fault) => error instanceof fault)) throw error;
+      throw unavailable('The keys of the token issuer cannot be had at the moment.', ISSUER_RETRY_SECONDS, error);
+    }
+  };
 }
 
 function readPublicKey(file: string): { key: KeyObject; algorithm: string } {
@@ -135,16 +163,25 @@ function readPublicKey(file: string): { key: KeyObject; algorithm: string } {
   } catch (error) {
     throw new StartupError(`JWT_PUBLIC_KEY_FILE cannot be read (${(error as NodeJS.ErrnoException).code}).`);
   }
-  const algorithms: Record<string, string> = { rsa: 'RS256', ec: 'ES256', ed25519: 'EdDSA' };
   let key: KeyObject | undefined;
   try {
     key = createPublicKey(pem);
   } catch {
     key = undefined;
   }
-  const algorithm = algorithms[key?.asymmetricKeyType ?? ''];
+  const algorithm = key && algorithmOf(key);
   if (!key || !algorithm) {
-    throw new StartupError('JWT_PUBLIC_KEY_FILE must be the PEM of an RSA, P-256 or Ed25519 public key.');
+    throw new StartupError(
+      'JWT_PUBLIC_KEY_FILE must be the PEM of a public key: RSA of 2048 bits or more, P-256 or Ed25519.',
+    );
   }
   return { key, algorithm };
+}
+
+/** The one algorithm that a key is used with; undefined for keys that no token is taken from (RFC 7518, 3.3 and 3.4). */
+function algorithmOf({ asymmetricKeyType, asymmetricKeyDetails: details }: KeyObject): string | undefined {
+  if (asymmetricKeyType === 'rsa' && (details?.modulusLength ?? 0) >= 2_048) return 'RS256';
+  if (asymmetricKeyType === 'ec' && details?.namedCurve === 'prime256v1') return 'ES256';
+  if (asymmetricKeyType === 'ed25519') return 'EdDSA';
+  return undefined;
 }

@@ -424,8 +424,9 @@ export const events = pgTable(
     ...eventColumns(),
   },
   (t) => [
+    // Serve the replay of what one user may see: its own, and what everybody may see.
     index('events_owner_idx').on(t.userId, t.eventId),
-    index('events_created_idx').on(t.createdAt),
+    index('events_shared_idx').on(t.eventId).where(sql`shared`),
     check('events_topic_check', oneOf('topic', EVENT_TOPICS)),
   ],
 );

@@ -8,8 +8,12 @@ export type Task = typeof tasks.$inferSelect;
 /** What every event of a task tells of it. */
 export type TaskFacts = Pick<Task, 'id' | 'userId' | 'projectId' | 'skillName' | 'status' | 'nextRunAt'>;
 
-/** How much of a run's output an event carries: its end, so that the envelope stays within 16 KiB. */
-const EVENT_OUTPUT_CHARACTERS = 2_048;
+/**
+ * How much of a run's output and error an event carries: their ends, in bytes of JSON, since a control character takes six,
+ * so that the envelope stays within 16 KiB whatever a command prints.
+ */
+const OUTPUT_BYTES = 6_144;
+const ERROR_BYTES = 3_072;
 
 /** The event that tells of a change of a task or of one of its runs; `task` is the state after it. */
 export function taskStatusUpdate(
@@ -27,7 +31,7 @@ export function taskStatusUpdate(
   },
 ): NewEvent {
   const output = change.output ?? undefined;
-  const tail = output === undefined ? undefined : tailOf(output);
+  const tail = output === undefined ? undefined : tailOf(output, OUTPUT_BYTES);
   return {
     type: 'task_status_update',
     userId: task.userId,
@@ -46,7 +50,7 @@ export function taskStatusUpdate(
       progress: change.progress,
       output: tail,
       output_truncated: output === undefined ? undefined : change.outputTruncated || tail !== output,
-      error: change.error == null ? undefined : tailOf(change.error),
+      error: change.error == null ? undefined : tailOf(change.error, ERROR_BYTES),
       duration_ms: change.durationMs ?? undefined,
       next_run_at: toTime(task.nextRunAt),
     },
@@ -74,9 +78,14 @@ export function calendarEvent(
   };
 }
 
-/** The end of a text, cut between characters. */
-function tailOf(text: string): string {
-  return text.length <= EVENT_OUTPUT_CHARACTERS
-    ? text
-    : text.slice(-EVENT_OUTPUT_CHARACTERS).replace(/^[\udc00-\udfff]/, '');
+/** The end of a text that takes at most so many bytes as JSON, cut between characters. */
+function tailOf(text: string, maxBytes: number): string {
+  let tail = text.length <= maxBytes ? text : text.slice(-maxBytes).replace(/^[\udc00-\udfff]/, '');
+  for (let bytes = jsonBytes(tail); bytes > maxBytes; bytes = jsonBytes(tail)) {
+    // By the share that is too much, and a little more, so that few rounds are needed.
+    tail = tail.slice(Math.ceil(tail.length * (1 - maxBytes / bytes)) + 1).replace(/^[\udc00-\udfff]/, '');
+  }
+  return tail;
 }
+
+const jsonBytes = (text: string) => Buffer.byteLength(JSON.stringify(text));

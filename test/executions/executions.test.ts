@@ -265,6 +265,35 @@ describe('complete', () => {
     expect(list.body.executions[0]).not.toHaveProperty('output_text');
   });
 
+  test('whatever a command prints, the event of its end stays within 16 KiB', async () => {
+    const user = await server.newUser();
+    const agent = await makeAgent(user.call);
+    for (const [output, atLeast] of [
+      ['\u0001'.repeat(50_000), 1_000],
+      ['😀'.repeat(20_000), 3_000],
+      ['plain'.repeat(10), 50],
+    ] as const) {
+      const task = await makeTask(user.call, { max_attempts: 1 });
+      await user.call('POST', `/tasks/${task.id}/run`);
+      await complete(user.call, await agent.claimOne(), { status: 'failed', output, error: output });
+      const [event] = await until(
+        async () =>
+          (
+            await server.db.query<{ data: string }>({
+              text: `select data from events where task_id = $1 and data like '%"failed"%' order by event_id`,
+              values: [task.id],
+            })
+          ).rows,
+        (rows) => rows.length > 0,
+      );
+      expect(Buffer.byteLength(event?.data ?? '')).toBeLessThan(16_000);
+      const data = JSON.parse(event?.data ?? '{}');
+      expect(output.endsWith(data.output)).toBe(true);
+      expect(data.output.length).toBeGreaterThanOrEqual(atLeast);
+      expect(data.output_truncated).toBe(output.length > 100);
+    }
+  });
+
   test('a failed run is tried again after its backoff, until max_attempts', async () => {
     const user = await server.newUser();
     const task = await makeTask(user.call, { max_attempts: 3, retry_backoff_seconds: 0 });
