@@ -53,7 +53,10 @@ export function createLogger(level: string, pretty: boolean): Logger {
   if (pretty) {
     return pino({
       ...options,
-      transport: { target: 'pino-pretty', options: { ignore: 'pid,hostname', translateTime: 'HH:MM:ss.l' } },
+      transport: {
+        target: 'pino-pretty',
+        options: { ignore: 'pid,hostname', translateTime: 'HH:MM:ss.l', singleLine: true },
+      },
     });
   }
   return pino(options);
