@@ -38,7 +38,11 @@ export async function writeSecret(file: string, secret: string, keepExisting = f
       return secret;
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== 'EEXIST') throw error;
-      return (await readSecret(file)) ?? secret;
+      const existing = await readSecret(file);
+      if (existing !== undefined) return existing;
+      // Emptied by hand, or by a disk that was full: nothing that anybody can have read.
+      await rename(temporary, file);
+      return secret;
     }
   } catch (error) {
     throw error instanceof StartupError ? error : cannotUse(file, error);
