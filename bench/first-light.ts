@@ -158,7 +158,7 @@ async function latency(db: BenchDatabase): Promise<Line> {
 
 /** Claim and complete a no-op run over HTTP, eight at a time, against the same two statements in bare SQL. */
 async function claims(db: BenchDatabase, processes: number): Promise<Line> {
-  const N = 4_000;
+  const N = 2_000;
   const WORKERS = 8;
   const ours: number[] = [];
   const floor: number[] = [];
