@@ -6,6 +6,7 @@ import type { App } from './http/app.ts';
 import { createPostgresBus } from './platform/bus.ts';
 import type { Logger } from './platform/logger.ts';
 import { createClient, createPool } from './platform/postgres.ts';
+import { connectRedis } from './platform/redis.ts';
 import { StartupError } from './platform/startup-error.ts';
 import { createFeed } from './realtime/feed.ts';
 import { startRelay } from './realtime/relay.ts';
@@ -61,7 +62,9 @@ export async function startMuster(options: StartOptions): Promise<Running> {
     const feed = createFeed({ db, bus, logger });
     feed.start();
     closers.push(() => feed.close());
-    const { app, drain } = await buildServer({ ...options, db, bus, feed });
+    const redis = config.REDIS_URL === undefined ? undefined : connectRedis(config.REDIS_URL, logger);
+    if (redis) closers.push(redis.close);
+    const { app, drain } = await buildServer({ ...options, db, bus, redis, feed });
     closers.push(() => app.close());
     await listen(app, config);
     const scheduler = startScheduler({ db, bus, logger, config });

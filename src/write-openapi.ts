@@ -20,6 +20,7 @@ const { app } = await buildServer({
   config: readConfig({}, '/'),
   db,
   bus,
+  redis: undefined,
   logger,
   feed: createFeed({ db, bus, logger }),
   jwtSecret: 'only-used-to-describe-the-routes-0123456789',

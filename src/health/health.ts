@@ -1,5 +1,6 @@
 import type { Database } from '../db/database.ts';
 import type { Bus } from '../platform/bus.ts';
+import type { RedisConnection } from '../platform/redis.ts';
 
 const CHECK_TIMEOUT_MS = 1_000;
 const CACHE_MS = 1_000;
@@ -18,7 +19,15 @@ export interface Health {
  * Checks what the server stands on. Each check has a second, runs at most once a second however often it is asked for,
  * and never throws: probing is cheap and cannot hang.
  */
-export function createHealthChecks({ db, bus }: { db: Database; bus: Bus }): () => Promise<Health> {
+export function createHealthChecks({
+  db,
+  bus,
+  redis,
+}: {
+  db: Database;
+  bus: Bus;
+  redis: RedisConnection | undefined;
+}): () => Promise<Health> {
   let running: Promise<Health> | undefined;
   let madeAt = Number.NEGATIVE_INFINITY;
 
@@ -40,16 +49,19 @@ export function createHealthChecks({ db, bus }: { db: Database; bus: Bus }): () 
   };
 
   const look = async (): Promise<Health> => {
-    const database = await measure(() => db.query({ name: 'health', text: 'select 1' }));
+    const [database, cache] = await Promise.all([
+      measure(() => db.query({ name: 'health', text: 'select 1' })),
+      redis ? measure(() => redis.ping()) : { status: 'disabled' as const, took_ms: 0 },
+    ]);
     const notifications = { status: bus.connected() ? ('ok' as const) : ('away' as const), took_ms: 0 };
     const unhealthy = database.status === 'away';
-    const degraded = notifications.status === 'away';
+    const degraded = notifications.status === 'away' || cache.status === 'away';
     return {
       status: unhealthy ? 'unhealthy' : degraded ? 'degraded' : 'healthy',
       database: database.status,
-      redis: 'disabled',
+      redis: cache.status,
       memory_mcp: 'disabled',
-      checks: { database, notifications },
+      checks: { database, notifications, ...(redis ? { redis: cache } : {}) },
     };
   };
 
