@@ -7,8 +7,8 @@ export default defineConfig({
     pool: 'forks',
     // Files mostly wait for processes and timers: a worker a core, where the default leaves one core out.
     maxWorkers: '100%',
-    testTimeout: 30_000,
-    hookTimeout: 60_000,
+    testTimeout: 60_000,
+    hookTimeout: 120_000,
     coverage: {
       provider: 'v8',
       include: ['src/**/*.ts'],

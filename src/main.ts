@@ -14,6 +14,9 @@ const { version } = JSON.parse(readFileSync(new URL('../package.json', import.me
   version: string;
 };
 
+/** Signals of a fault in the process itself. Who listens to them returns to the fault, for ever: they must end it. */
+const CRASHES = ['SIGSEGV', 'SIGBUS', 'SIGFPE', 'SIGILL', 'SIGTRAP', 'SIGABRT'] as const;
+
 async function main(): Promise<void> {
   const config = readConfig();
   const logger = createLogger(config.LOG_LEVEL, process.stdout.isTTY && config.NODE_ENV !== 'production');
@@ -24,7 +27,7 @@ async function main(): Promise<void> {
   // What is started comes off in the opposite order, also when the signal arrives in the middle of the start.
   const closers: (() => Promise<void>)[] = [];
   const grace = closeWithGrace(
-    { delay: config.SHUTDOWN_TIMEOUT_SECONDS * 1000, logger, skip: ['SIGINT', 'SIGTERM'] },
+    { delay: config.SHUTDOWN_TIMEOUT_SECONDS * 1000, logger, skip: ['SIGINT', 'SIGTERM', ...CRASHES] },
     async ({ err }) => {
       if (err) logger.fatal({ err }, 'stopping after an error that nobody handled');
       for (let close = closers.pop(); close; close = closers.pop()) await close();

@@ -1,4 +1,5 @@
 import { type Logger as PinoLogger, pino, stdSerializers } from 'pino';
+import prettyStream from 'pino-pretty';
 
 export type Logger = PinoLogger;
 
@@ -50,14 +51,12 @@ export function createLogger(level: string, pretty: boolean): Logger {
       res: (reply: { statusCode: number }) => ({ status: reply.statusCode }),
     },
   };
+  // Within this thread: lines of a worker are lost when the process ends, and the worker may outlive its terminal.
   if (pretty) {
-    return pino({
-      ...options,
-      transport: {
-        target: 'pino-pretty',
-        options: { ignore: 'pid,hostname', translateTime: 'HH:MM:ss.l', singleLine: true },
-      },
-    });
+    return pino(
+      options,
+      prettyStream({ ignore: 'pid,hostname', translateTime: 'HH:MM:ss.l', singleLine: true, sync: true }),
+    );
   }
   return pino(options);
 }

@@ -139,7 +139,9 @@ describe('the embedded mode', () => {
     expect((await caller(next.url, next.key)('GET', '/auth/me')).status).toBe(200);
   });
 
-  test('kill -9, again and again: what was acknowledged is there, and no Postgres is left', async () => {
+  test('kill -9, again and again: what was acknowledged is there, and no Postgres is left', {
+    timeout: 180_000,
+  }, async () => {
     const acknowledged: number[] = [];
     for (let round = 0; round < 4; round++) {
       const server = await startServerProcess({ folder });
