@@ -1,5 +1,6 @@
 import { randomUUID } from 'node:crypto';
 import type pg from 'pg';
+import { z } from 'zod';
 import type { Logger } from './logger.ts';
 import { createClient } from './postgres.ts';
 
@@ -26,10 +27,20 @@ const MAX_PAYLOAD = 7_000;
 /** `detail` narrows what is to be looked at; undefined means anything. */
 export type Listener = (detail: string | undefined) => void;
 
-/** What a NOTIFY carries; null details mean anything. */
-interface Message {
-  from: string;
-  rings: (readonly [topic: string, details: string[] | null])[];
+/** What a NOTIFY carries: topics with their details, of which null means anything. */
+const messageShape = z.object({
+  from: z.string(),
+  rings: z.array(z.tuple([z.string(), z.array(z.string()).nullable()])),
+});
+type Message = z.output<typeof messageShape>;
+
+/** Anybody on the database may notify, another version of Muster too: what is no message of ours is undefined. */
+function readMessage(payload: string): Message | undefined {
+  try {
+    return messageShape.safeParse(JSON.parse(payload)).data;
+  } catch {
+    return undefined;
+  }
 }
 
 export interface Bus {
@@ -39,6 +50,7 @@ export interface Bus {
   on(topic: string, listener: Listener): () => void;
   /** Whether rings of other processes arrive at the moment. */
   connected(): boolean;
+  /** Sends what was rung, and ends; the connection closes soon after. */
   close(): Promise<void>;
 }
 
@@ -69,15 +81,18 @@ export async function createPostgresBus(options: { pool: pg.Pool; directUrl: str
   const flush = () => {
     sending ??= send().finally(() => {
       sending = undefined;
-      if (waiting.size > 0 && !closed) flush();
+      if (waiting.size > 0) flush();
     });
   };
   const send = async () => {
-    const rings = [...waiting].map(([topic, details]) => [topic, details ? [...details] : null] as const);
+    const rings = [...waiting].map(([topic, details]): Message['rings'][number] => [
+      topic,
+      details ? [...details] : null,
+    ]);
     waiting = new Map();
     let payload = JSON.stringify({ from: self, rings } satisfies Message);
     if (Buffer.byteLength(payload) > MAX_PAYLOAD) {
-      payload = JSON.stringify({ from: self, rings: rings.map(([topic]) => [topic, null] as const) } satisfies Message);
+      payload = JSON.stringify({ from: self, rings: rings.map(([topic]) => [topic, null]) } satisfies Message);
     }
     try {
       await pool.query({ name: 'bus-notify', text: 'select pg_notify($1, $2)', values: [CHANNEL, payload] });
@@ -88,12 +103,13 @@ export async function createPostgresBus(options: { pool: pg.Pool; directUrl: str
 
   const receive = (message: pg.Notification) => {
     if (message.channel !== CHANNEL || !message.payload) return;
-    const { from, rings } = JSON.parse(message.payload) as Message;
-    if (from === self) {
+    const read = readMessage(message.payload);
+    if (read === undefined) return;
+    if (read.from === self) {
       heard = performance.now();
       return;
     }
-    for (const [topic, details] of rings) {
+    for (const [topic, details] of read.rings) {
       if (details === null) call(topic, undefined);
       else for (const detail of details) call(topic, detail);
     }
@@ -175,10 +191,11 @@ export async function createPostgresBus(options: { pool: pg.Pool; directUrl: str
     async close() {
       closed = true;
       clearTimeout(timer);
-      await sending;
+      while (sending) await sending;
       const last = client;
       client = undefined;
-      await last?.end().catch(() => {});
+      // Not waited for: a connection that only this side believes in would never end in order.
+      last?.end().catch(() => {});
     },
   };
 }
