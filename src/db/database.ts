@@ -65,16 +65,27 @@ async function once<T>(pool: pg.Pool, bus: Bus, work: (tx: Tx) => Promise<T>): P
   // A client that could not be rolled back is destroyed instead of going back into the pool.
   let dead: Error | undefined;
   let open = true;
+  // A connection that still owes an answer would not hear a ROLLBACK either; waiting for that one, too, takes twice as long.
+  let mute = false;
+  const heard = async <T>(answer: Promise<T>): Promise<T> => {
+    try {
+      return await answer;
+    } catch (error) {
+      mute ||= sqlState(error) === undefined;
+      throw error;
+    }
+  };
   const rings: [topic: string, detail: string | undefined][] = [];
   const whileOpen: pg.PoolClient = new Proxy(client, {
     get(target, property) {
       if (!open) throw new Error('This transaction has ended.');
       const value = Reflect.get(target, property, target) as unknown;
-      return typeof value === 'function' ? value.bind(target) : value;
+      if (typeof value !== 'function') return value;
+      return property === 'query' ? (...args: unknown[]) => heard(value.apply(target, args)) : value.bind(target);
     },
   });
   try {
-    await client.query('begin');
+    await heard(client.query('begin'));
     const result = await work({
       orm: drizzle({ client: whileOpen }),
       query: async (statement) => whileOpen.query(statement),
@@ -87,7 +98,7 @@ async function once<T>(pool: pg.Pool, bus: Bus, work: (tx: Tx) => Promise<T>): P
   } catch (error) {
     open = false;
     dead = error instanceof Error ? error : new Error(String(error));
-    if (!(error instanceof CommitUnknownError)) {
+    if (!mute && !(error instanceof CommitUnknownError)) {
       try {
         await client.query('rollback');
         dead = undefined;

@@ -5,6 +5,7 @@ import type { Bus } from '../../src/platform/bus.ts';
 import { createLogger } from '../../src/platform/logger.ts';
 import { createPool } from '../../src/platform/postgres.ts';
 import { createTestDatabase, type TestDatabase } from '../support/postgres.ts';
+import { createTcpProxy } from '../support/tcp-proxy.ts';
 
 let database: TestDatabase;
 let pool: pg.Pool;
@@ -133,6 +134,41 @@ describe('a transaction', () => {
     expect(await db.transaction(async (tx) => (await tx.query({ text: 'select 1 as one' })).rows)).toEqual([
       { one: 1 },
     ]);
+  });
+
+  test.each([
+    ['at BEGIN', 0],
+    ['in the middle', 1],
+  ])('whose Postgres stops talking %s is given up with the statement that got no answer', async (_when, statements) => {
+    const proxy = await createTcpProxy(database.url);
+    const own = createPool({ url: proxy.url, size: 4, name: 'test', logger: createLogger('silent', false) });
+    try {
+      const through = createDatabase(own, bus);
+      await Promise.all([own.query('select 1'), own.query('select 1')]);
+      let said = 0;
+      const lost = through.transaction(async (tx) => {
+        while (said < statements) {
+          await tx.query({ text: 'select 1' });
+          said++;
+        }
+        proxy.swallow();
+        await tx.query({ text: 'select 1' });
+      });
+      if (statements === 0) proxy.swallow();
+      // Asking in vain twice, one after the other, takes longer than being given up once.
+      const twice = own.query('select pg_sleep(60)').catch(() => own.query('select 1').catch(() => 'asked twice'));
+      const first = await Promise.race([lost.catch((error: unknown) => error), twice]);
+      expect(first).toMatchObject({ message: 'Query read timeout' });
+      await twice;
+      expect(own.totalCount - own.idleCount).toBe(0);
+      await proxy.restore();
+      expect(await through.transaction(async (tx) => (await tx.query({ text: 'select 1 as one' })).rows)).toEqual([
+        { one: 1 },
+      ]);
+    } finally {
+      await own.end();
+      proxy.close();
+    }
   });
 
   test('whose commit got no answer says that it does not know', async () => {
