@@ -24,11 +24,14 @@ async function main(): Promise<void> {
   await requireFreePort(config);
   const jwtSecret = await loadJwtSecret(config);
 
-  // What is started comes off in the opposite order, also when the signal arrives in the middle of the start.
+  // What is started comes off in the opposite order, also when the signal arrives in the middle of the start, which then
+  // fails for want of what was closed under it: whoever stops is the one who ends the process.
   const closers: (() => Promise<void>)[] = [];
+  let stopping = false;
   const grace = closeWithGrace(
     { delay: config.SHUTDOWN_TIMEOUT_SECONDS * 1000, logger, skip: ['SIGINT', 'SIGTERM', ...CRASHES] },
     async ({ err }) => {
+      stopping = true;
       if (err) logger.fatal({ err }, 'stopping after an error that nobody handled');
       for (let close = closers.pop(); close; close = closers.pop()) await close();
       logger.info('stopped');
@@ -47,12 +50,15 @@ async function main(): Promise<void> {
 
   let { DATABASE_URL: databaseUrl, DATABASE_DIRECT_URL: directUrl = databaseUrl } = config;
   if (databaseUrl === undefined) {
-    const postgres = await startEmbeddedPostgres({ dataDir: config.DATA_DIR });
+    const starting = startEmbeddedPostgres({ dataDir: config.DATA_DIR });
     let closing = false;
-    closers.push(() => {
+    closers.push(async () => {
       closing = true;
-      return postgres.stop();
+      const started = await starting.catch(() => undefined);
+      await started?.stop();
     });
+    const postgres = await starting;
+    if (stopping) return;
     void postgres.exited.then((how) => {
       if (closing) return;
       logger.fatal(how, 'Postgres ended; start Muster again, it recovers by itself');
@@ -75,8 +81,9 @@ async function main(): Promise<void> {
       },
     });
     closers.push(running.stop);
-    print(greeting(running.url, admin));
+    if (!stopping) print(greeting(running.url, admin));
   } catch (error) {
+    if (stopping) return;
     for (let close = closers.pop(); close; close = closers.pop()) await close();
     throw error;
   }

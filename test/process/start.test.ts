@@ -43,6 +43,10 @@ async function refusal(env: Record<string, string>): Promise<string> {
 describe('a start that cannot succeed says why in one sentence and exits with 1', () => {
   test.each([
     [{ PORT: '80a' }, 'PORT must be a whole number from 0 to 65535.'],
+    [
+      { TRUST_PROXY: '1' },
+      'TRUST_PROXY must be addresses or blocks of proxies you run, such as 10.0.0.5 or 10.0.0.0/8, separated by commas.',
+    ],
     [{ NODE_ENV: 'prod' }, 'NODE_ENV must be development, production or test.'],
     [{ NODE_ENV: 'production' }, 'NODE_ENV=production needs JWT_SECRET, JWT_JWKS_URL or JWT_PUBLIC_KEY_FILE.'],
     [{ HOST: '203.0.113.7' }, /^HOST=203\.0\.113\.7 is no address of this machine/],
@@ -123,27 +127,26 @@ describe('the embedded mode', () => {
     expect(await processesIn(folder)).toEqual([]);
   });
 
-  test('a signal in the middle of the first start leaves nothing that the next one stumbles over', async () => {
+  test.each([
+    ['while its database is made', async () => (await processesIn(join(folder, '.muster'))).length > 0],
+    ['while its database is migrated', async () => (await postmaster()).includes('ready')],
+  ])('a signal in the middle of the first start, %s, ends it in order; the next one serves', async (_when, reached) => {
     const started = startProgram('src/main.ts', { folder, env: { PORT: '0' } });
-    await until(
-      () => processesIn(join(folder, '.muster')),
-      (found) => found.length > 0,
-    );
+    await until(reached, (there) => there);
     started.child.kill('SIGTERM');
-    await started.exited;
-    await until(
-      () => processesIn(folder),
-      (left) => left.length === 0,
-    );
+    expect(await started.exited).toBe(0);
+    expect(started.err()).toBe('');
+    expect(await processesIn(folder)).toEqual([]);
     const next = await startServerProcess({ folder });
     expect((await caller(next.url, next.key)('GET', '/auth/me')).status).toBe(200);
   });
+  const postmaster = () => readFile(join(folder, '.muster/postgres/postmaster.pid'), 'utf8').catch(() => '');
 
   test('kill -9, again and again: what was acknowledged is there, and no Postgres is left', {
     timeout: 180_000,
   }, async () => {
     const acknowledged: number[] = [];
-    for (let round = 0; round < 4; round++) {
+    for (let round = 0; round < 5; round++) {
       const server = await startServerProcess({ folder });
       const call = caller(server.url, server.key);
       let on = true;
