@@ -125,6 +125,47 @@ describe('the feed', () => {
     expect(JSON.parse(heard[0]?.text ?? '')).toMatchObject({ type: 'task_status_update', event_id: 1, data: { n: 1 } });
   });
 
+  test('hands every event to every listener though one before it throws', async () => {
+    const database = await createTestDatabase();
+    closers.push(database.drop);
+    const process = await openProcess(database.url);
+    closers.push(process.close);
+    const feed = createFeed({ ...process, logger });
+    closers.push(feed.close);
+    feed.subscribe(() => {
+      throw new Error('a fault');
+    });
+    const heard: PlacedEvent[] = [];
+    feed.subscribe((event) => heard.push(event));
+    feed.start();
+    await feed.ready();
+    await emit(
+      process.db,
+      numbered(1, { userId: 3, taskId: 4, projectId: 5, data: { text: '"}\u2028' } }),
+      numbered(2, { userId: 3, type: 'agent_activity_update', agentId: 6, shared: true }),
+    );
+    await relayBatch(process.db);
+    await until(
+      async () => heard.length,
+      (count) => count === 2,
+    );
+    const [first, second] = heard.map(({ text, ...place }) => ({ place, envelope: JSON.parse(text) as object }));
+    expect(first).toEqual({
+      place: { eventId: 1, userId: 3, shared: false, topic: 'tasks', taskId: 4, projectId: 5, agentId: null },
+      envelope: {
+        type: 'task_status_update',
+        event_id: 1,
+        timestamp: expect.stringMatching(/^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$/),
+        data: { n: 1, padding: '', text: '"}\u2028' },
+      },
+    });
+    expect(second).toMatchObject({
+      place: { eventId: 2, shared: true, topic: 'agents', taskId: null, projectId: null, agentId: 6 },
+      envelope: { type: 'agent_activity_update', event_id: 2 },
+    });
+    expect(feed.position()).toBe(2);
+  });
+
   test('moves on while nobody listens, so that reads hand over from now', async () => {
     const server = await start();
     const task = await server.admin('POST', '/tasks', { skill_name: 'x' });

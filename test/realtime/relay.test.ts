@@ -209,6 +209,31 @@ describe('leadership', () => {
     );
   });
 
+  test.each([
+    ['leads', true],
+    ['stands by', false],
+  ])('leaves no connection and no lock behind when the one that %s closes', async (_what, leads) => {
+    const process = await start();
+    const relays = [await relayOf(process)];
+    await leading(relays[0] as Relay);
+    if (!leads) {
+      const other = await start();
+      relays.unshift(await relayOf(other));
+      await until(
+        () => backends(process.db),
+        (all) => all.some(({ query }) => query.includes('pg_try_advisory_lock')),
+      );
+    }
+    await relays[0]?.close();
+    await until(
+      () => backends(process.db),
+      (all) => all.length === (leads ? 0 : 1),
+    );
+    const { rowCount } = await process.db.query({ text: `select from pg_locks where ${ADVISORY} and granted` });
+    if (leads) expect(rowCount).toBe(0);
+    await relays[0]?.close();
+  });
+
   test('survives the end of its session again and again while events are written; none is lost', async () => {
     const [first, second] = [await start(), await start()];
     const relays = [await relayOf(first), await relayOf(second)];

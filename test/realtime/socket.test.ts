@@ -1,3 +1,4 @@
+import { createHmac } from 'node:crypto';
 import { request } from 'node:http';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { startServer, type TestServer } from '../support/server.ts';
@@ -115,6 +116,33 @@ describe('credentials', () => {
     });
     const client = await live(body.key);
     expect(await client.closed).toEqual({ code: 1008, reason: 'the credential has expired' });
+  });
+});
+
+describe('an access token', () => {
+  /** The user's token with another end, signed as the server does. */
+  const endingAt = (token: string, exp: number) => {
+    const [header, payload] = token.split('.').map((part) => Buffer.from(part, 'base64url').toString());
+    const body = [header, JSON.stringify({ ...JSON.parse(payload ?? ''), exp })].map((part) =>
+      Buffer.from(part ?? '').toString('base64url'),
+    );
+    const signature = createHmac('sha256', server.config.JWT_SECRET ?? '').update(body.join('.'));
+    return [...body, signature.digest('base64url')].join('.');
+  };
+
+  test('that expires ends its socket with 1008, and one that lasts keeps its own', async () => {
+    const user = await server.newUser();
+    const lasting = await live(user.token);
+    const client = await live(endingAt(user.token, Math.ceil(Date.now() / 1000) + 1));
+    expect(await client.closed).toEqual({ code: 1008, reason: 'the credential has expired' });
+    expect(lasting.socket.readyState).toBe(lasting.socket.OPEN);
+    lasting.socket.close();
+  });
+
+  test('that expired long ago → 401', async () => {
+    const user = await server.newUser();
+    const token = endingAt(user.token, Math.floor(Date.now() / 1000) - 120);
+    expect((await refusal(ws({ token }))).status).toBe(401);
   });
 });
 
@@ -287,6 +315,55 @@ describe('events', () => {
     for (const { socket } of clients) socket.close();
   });
 
+  test('tell the progress of a run to its owner and to admins, and nothing of it to a stranger', async () => {
+    const [user, other] = [await server.newUser(), await server.newUser()];
+    const [owner, stranger, admin] = await Promise.all([live(user.token), live(other.token), live(server.adminKey)]);
+    const task = await makeTask(user.call);
+    const agent = await makeAgent(user.call);
+    await user.call('POST', `/tasks/${task.id}/run`);
+    const run = await agent.claimOne();
+    const beat = await user.call('POST', `/executions/${run.execution_id}/heartbeat`, {
+      lease_token: run.lease_token,
+      progress: { percent: 40, message: 'nearly halfway' },
+    });
+    expect(beat.status).toBe(200);
+    await complete(user.call, run, { status: 'success' });
+    // Comes after all of that, and to everybody.
+    await emit(server.db, numbered(1, { userId: user.id, shared: true, type: 'agent_activity_update' }));
+    await Promise.all([owner, stranger, admin].map((client) => upTo(client, 1)));
+    const about = (client: Client) =>
+      client.frames.filter(({ data }) => data['task_id'] === task.id || data['agent_id'] === agent.id);
+    const told = about(owner).map(({ type, data }) => [type, data['execution_status'], data['progress']]);
+    expect(told).toContainEqual(['task_status_update', 'running', { percent: 40, message: 'nearly halfway' }]);
+    expect(about(admin)).toEqual(about(owner));
+    expect(about(stranger)).toEqual([]);
+    for (const { socket } of [owner, stranger, admin]) socket.close();
+  });
+
+  test('of a shared agent come to everybody, without whose run it is', async () => {
+    const [user, other] = [await server.newUser(), await server.newUser()];
+    const [owner, stranger] = await Promise.all([live(user.token), live(other.token)]);
+    const skill = unique('skill');
+    const agent = await makeAgent(server.admin, { shared: true });
+    const task = await makeTask(user.call, { skill_name: skill });
+    await user.call('POST', `/tasks/${task.id}/run`);
+    const run = await agent.claimOne([skill]);
+    await complete(server.admin, run, { status: 'success' });
+    await emit(server.db, numbered(1, { userId: user.id, shared: true, type: 'agent_activity_update' }));
+    await Promise.all([owner, stranger].map((client) => upTo(client, 1)));
+    const doings = stranger.frames.filter(({ data }) => data['agent_id'] === agent.id);
+    expect(doings.length).toBeGreaterThanOrEqual(2);
+    for (const { type, data } of doings) {
+      expect(type).toBe('agent_activity_update');
+      expect(data).not.toHaveProperty('task_id');
+      expect(data).not.toHaveProperty('execution_id');
+      expect(JSON.stringify(data)).not.toContain(skill);
+    }
+    expect(stranger.frames.some(({ data }) => data['task_id'] === task.id)).toBe(false);
+    expect(owner.frames.some(({ data }) => data['execution_status'] === 'success')).toBe(true);
+    for (const { socket } of [owner, stranger]) socket.close();
+  });
+
   test('text comes as it was written', async () => {
     const user = await server.newUser();
     const client = await live(user.token);
@@ -441,6 +518,37 @@ describe('X-Event-Cursor', () => {
     const seen = (frame: Frame) => frame.data['task_id'] !== undefined;
     expect(new Set(resumed.frames.filter(seen).map(({ data }) => data['task_id']))).toEqual(new Set([after.id]));
     for (const { socket } of [client, resumed]) socket.close();
+  });
+
+  test('misses nothing of what is written at the same time', async () => {
+    const user = await server.newUser();
+    let on = true;
+    const made = new Set<number>();
+    const writers = Array.from({ length: 4 }, async () => {
+      while (on) made.add((await makeTask(user.call)).id);
+    });
+    const handovers: { shown: number[]; client: Client }[] = [];
+    for (let i = 0; i < 8; i++) {
+      const { body, headers } = await user.call('GET', '/tasks?limit=100');
+      const cursor = headers.get('x-event-cursor') ?? '';
+      handovers.push({
+        shown: body.tasks.map((task: { id: number }) => task.id),
+        client: openSocket(ws({ token: user.token, last_event_id: cursor })),
+      });
+    }
+    on = false;
+    await Promise.all(writers);
+    expect(made.size).toBeLessThanOrEqual(100);
+    expect(handovers.some(({ shown }) => shown.length > 0 && shown.length < made.size)).toBe(true);
+    for (const { shown, client } of handovers) {
+      const told = () => client.frames.map(({ data }) => data['task_id'] as number);
+      await until(
+        async () => [...made].filter((id) => !new Set([...shown, ...told()]).has(id)),
+        (missing) => missing.length === 0,
+      );
+      expect(client.frames.some(({ type }) => type === 'resync_required')).toBe(false);
+      client.socket.close();
+    }
   });
 
   test('is on reads of the API only', async () => {
