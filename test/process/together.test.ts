@@ -1,8 +1,10 @@
+import { once } from 'node:events';
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
+import WebSocket from 'ws';
 import { createTestDatabase, type TestDatabase } from '../support/postgres.ts';
 import { endPrograms, newFolder, removeFolder, startProgram, startServerProcess } from '../support/processes.ts';
-import { startServer, type TestServer } from '../support/server.ts';
-import { makeAgent, makeTask, unique, until } from '../support/work.ts';
+import { caller, startServer, type TestServer } from '../support/server.ts';
+import { complete, makeAgent, makeTask, unique, until } from '../support/work.ts';
 
 const SECRET = 'k7Jx2mQ9vT4wZ8bN5cR1yH6uP3sD0fGa';
 let database: TestDatabase;
@@ -57,6 +59,31 @@ describe('several processes on one database', () => {
     }
     third.child.kill('SIGTERM');
     expect(await third.exited).toBe(0);
+  });
+
+  test('give every run to one agent only, wherever it asks', async () => {
+    const second = await another();
+    const user = await server.newUser();
+    const skill = unique('skill');
+    const calls = [user.call, caller(second.url, user.token)];
+    const runs = 60;
+    const claimed: number[] = [];
+    const agents = await Promise.all(Array.from({ length: 8 }, (_, i) => makeAgent(calls[i % 2] ?? user.call)));
+    const claiming = agents.map(async (agent) => {
+      while (claimed.length < runs) {
+        for (const run of await agent.claim({ max: 3, wait_ms: 200, skills: [skill] })) {
+          claimed.push(run.execution_id);
+          expect((await complete(user.call, run)).status).toBe(200);
+        }
+      }
+    });
+    for (let i = 0; i < runs; i++) {
+      const task = await makeTask(user.call, { skill_name: skill, max_attempts: 1 });
+      await calls[i % 2]?.('POST', `/tasks/${task.id}/run`);
+    }
+    await Promise.all(claiming);
+    expect(claimed).toHaveLength(runs);
+    expect(new Set(claimed).size).toBe(runs);
   });
 
   test('serve the same events in the same order, whichever writes and whichever is asked', async () => {
@@ -125,9 +152,12 @@ describe('an agent that is killed in the middle of a run', () => {
 
 describe('secrets', () => {
   test('stand in no log line, audit entry or event, however they came', async () => {
+    // Tests' Postgres asks for no password, so that any is good.
+    const url = new URL(database.url);
+    url.password = 'canary-postgres-90210';
     const traced = await startServerProcess({
       folder,
-      env: { DATABASE_URL: database.url, JWT_SECRET: SECRET, LOG_LEVEL: 'trace' },
+      env: { DATABASE_URL: url.href, JWT_SECRET: SECRET, LOG_LEVEL: 'trace' },
     });
     const call = (method: string, path: string, body?: unknown, credential?: string) =>
       fetch(`${traced.url}${path}`, {
@@ -149,6 +179,26 @@ describe('secrets', () => {
     await call('GET', '/api/v1/tasks', undefined, key);
     await call('GET', `/ws?token=${tokens.access_token}`);
     await call('GET', `/ws?token=canary-token-5551212`);
+    for (const credential of [tokens.access_token, key]) {
+      const socket = new WebSocket(`${traced.url.replace('http', 'ws')}/ws?token=${credential}`);
+      await once(socket, 'message');
+      socket.send(JSON.stringify({ action: 'canary-message', token: credential }));
+      await once(socket, 'message');
+      socket.close();
+    }
+    const refused = new WebSocket(`${traced.url.replace('http', 'ws')}/ws`, ['bearer', 'canary-protocol-777']);
+    await once(refused, 'error');
+    // Bodies that cannot be read, and ones of the wrong shape, are told of without what stood in them.
+    const bad = await fetch(`${traced.url}/api/v1/auth/login`, {
+      method: 'POST',
+      headers: { 'content-type': 'application/json' },
+      body: `{"email":"a@example.com","password":"canary-broken-31415`,
+    });
+    expect(bad.status).toBe(400);
+    expect(await bad.text()).not.toContain('canary');
+    const strange = await call('POST', '/api/v1/auth/login', { email, password: ['canary-shape-27182'] });
+    expect(strange.status).toBe(400);
+    expect(strange.text).not.toContain('canary');
     await call('GET', '/api/v1/tasks', undefined, 'canary-bearer-424242');
     await call('POST', '/api/v1/auth/refresh', { refresh_token: tokens.refresh_token });
     await call('POST', '/api/v1/auth/refresh', { refresh_token: tokens.refresh_token });
@@ -165,8 +215,12 @@ describe('secrets', () => {
       SECRET,
       'canary-token',
       'canary-bearer',
+      'canary-protocol',
+      'canary-broken',
+      'canary-shape',
+      'canary-postgres',
     ];
-    const { rows: audit } = await server.db.query({ text: 'select changed_fields::text, user_agent from audit_log' });
+    const { rows: audit } = await server.db.query({ text: 'select to_jsonb(a) as entry from audit_log a' });
     const { rows: events } = await server.db.query({
       text: 'select data from events union all select data from event_outbox',
     });
