@@ -1,5 +1,6 @@
 import { randomBytes, scrypt, timingSafeEqual } from 'node:crypto';
 import { availableParallelism } from 'node:os';
+import { unavailable } from '../http/problem.ts';
 import { COMMON_PASSWORDS } from './common-passwords.ts';
 
 // Passwords are kept as scrypt hashes (RFC 7914) with the cost that OWASP's Password Storage Cheat Sheet names for 16 MiB:
@@ -9,9 +10,12 @@ const COST = { N: 2 ** 14, r: 8, p: 5 } as const;
 const KEY_BYTES = 32;
 const SALT_BYTES = 16;
 /** How many hashes are computed at once: each takes a thread of a pool that everything else shares, and 16 MiB. */
-const PARALLEL = Math.max(1, Math.min(2, availableParallelism() - 1));
+export const PARALLEL = Math.max(1, Math.min(2, availableParallelism() - 1));
+/** How many may wait for their turn, which is some twelve seconds; whoever comes then is told to come later. */
+export const MAX_WAITING = 200;
 
 let running = 0;
+/** Those who wait, each for the slot of one that is done. */
 const queue: (() => void)[] = [];
 
 async function derive(
@@ -19,21 +23,27 @@ async function derive(
   salt: Buffer,
   { N, r, p }: { N: number; r: number; p: number },
 ): Promise<Buffer> {
-  if (running >= PARALLEL) await new Promise<void>((resolve) => queue.push(resolve));
-  running++;
+  if (running < PARALLEL) running++;
+  else if (queue.length < MAX_WAITING) await new Promise<void>((resolve) => queue.push(resolve));
+  else throw unavailable('Too many are logging in or registering at the moment: try again soon.', 5);
   try {
     return await new Promise((resolve, reject) => {
-      scrypt(password.normalize('NFKC'), salt, KEY_BYTES, { N, r, p, maxmem: 64 * 1024 * 1024 }, (error, key) =>
+      scrypt(normal(password), salt, KEY_BYTES, { N, r, p, maxmem: 64 * 1024 * 1024 }, (error, key) =>
         error ? reject(error) : resolve(key),
       );
     });
   } finally {
-    running--;
-    queue.shift()?.();
+    // The slot is handed over, not given back: whoever comes in between must not take it too.
+    const next = queue.shift();
+    if (next) next();
+    else running--;
   }
 }
 
-/** The hash to keep of a password, with its salt and cost. */
+/** One text for all the ways to write the same characters, which differ between keyboards (NIST SP 800-63B, 5.1.1.2). */
+const normal = (password: string) => password.normalize('NFKC');
+
+/** The hash to keep of a password, with its salt and cost. Throws 503, as verifyPassword does, when too many wait. */
 export async function hashPassword(password: string): Promise<string> {
   const salt = randomBytes(SALT_BYTES);
   const key = await derive(password, salt, COST);
@@ -56,7 +66,7 @@ export async function verifyPassword(password: string, hash: string | null | und
 
 /** Why a password is refused, or undefined. There are no rules of composition (NIST SP 800-63B, 5.1.1.2). */
 export function passwordFault(password: string, email: string): string | undefined {
-  const plain = password.toLowerCase();
+  const plain = normal(password).toLowerCase();
   if (COMMON_PASSWORDS.has(plain)) return 'is one of the most common passwords; choose another';
   if (new Set(plain).size < 3) return 'repeats the same characters; choose another';
   const [local = ''] = email.split('@');
