@@ -107,12 +107,13 @@ export async function accessTokens(app: App, config: Config, secret: string | un
 
 /**
  * Refuses a header that asks for an extension, since it must be understood (RFC 7515, 4.1.11) and there is none that we do,
- * and one that says it is another kind of token.
+ * and one that says it is another kind of token (RFC 9068, 4, names those of access tokens).
  */
 function checkHeader(token: string): void {
   const header: unknown = JSON.parse(Buffer.from(token.split('.', 1)[0] ?? '', 'base64url').toString('utf8'));
   if (typeof header !== 'object' || header === null || 'crit' in header) throw new Error('header not taken');
-  if ('typ' in header && !/^(at\+)?jwt$/i.test(String(header.typ))) throw new Error('another kind of token');
+  if ('typ' in header && !/^(application\/)?(at\+)?jwt$/i.test(String(header.typ)))
+    throw new Error('another kind of token');
 }
 
 /** Verifies tokens of another issuer by its public key or its key set; undefined when tokens are our own. */

@@ -27,6 +27,16 @@ const FIND_KEY = {
       and u.disabled_at is null`,
 };
 
+/** Notes the use of a key. Calls that come at once all find it stale: one writes, and the others do not wait for it. */
+const NOTE_USE = {
+  name: 'credential-key-used',
+  text: `
+    update api_keys set last_used_at = now() where id = (
+      select id from api_keys
+      where id = $1 and coalesce(last_used_at < now() - interval '${LAST_USED_SECONDS} seconds', true)
+      for no key update skip locked)`,
+};
+
 /** The user of a token; for our own, only while its login has not ended. Served by refresh_tokens_family_idx. */
 const FIND_USER = {
   name: 'credential-user',
@@ -59,11 +69,10 @@ export async function credentials(
     const [found] = rows;
     if (!found) throw refused;
     if (found.stale) {
-      db.query({
-        name: 'credential-key-used',
-        text: 'update api_keys set last_used_at = now() where id = $1',
-        values: [found.id],
-      }).catch((error: unknown) => logger.warn({ err: error }, 'the use of an API key was not noted'));
+      // Nobody waits for it: it is of no use to the call.
+      db.query({ ...NOTE_USE, values: [found.id] }).catch((error: unknown) =>
+        logger.warn({ err: error }, 'the use of an API key was not noted'),
+      );
     }
     return { userId: found.user_id, role: found.role, scopes: found.scopes, expiresAt: found.expires_at };
   };

@@ -1,10 +1,10 @@
 import { join } from 'node:path';
-import { and, eq, isNull, sql } from 'drizzle-orm';
+import { and, eq, isNull } from 'drizzle-orm';
 import type { Database } from '../db/database.ts';
 import { API_KEY_SCOPES, apiKeys } from '../db/schema.ts';
 import type { Actor } from '../http/access.ts';
 import { LOCKS } from '../platform/locks.ts';
-import { createApiKey } from './api-keys.ts';
+import { createApiKey, revokeApiKey } from './api-keys.ts';
 import { readSecret, writeSecret } from './secret-file.ts';
 import { hashSecret } from './tokens.ts';
 import { createUser, findUserByEmail } from './users.ts';
@@ -42,11 +42,12 @@ export async function ensureFirstAdmin(db: Database, dataDir: string): Promise<F
         .where(and(eq(apiKeys.keyHash, hashSecret(kept)), eq(apiKeys.userId, admin.id), isNull(apiKeys.revokedAt)));
       if (good.length > 0) return { key: kept, file, made: false };
     }
-    await tx.orm
-      .update(apiKeys)
-      .set({ revokedAt: sql`now()` })
-      .where(and(eq(apiKeys.userId, admin.id), eq(apiKeys.name, KEY_NAME), isNull(apiKeys.revokedAt)));
     const actor: Actor = { ...visitor, userId: admin.id, role: 'admin', scopes: API_KEY_SCOPES };
+    const lost = await tx.orm
+      .select({ id: apiKeys.id })
+      .from(apiKeys)
+      .where(and(eq(apiKeys.userId, admin.id), eq(apiKeys.name, KEY_NAME), isNull(apiKeys.revokedAt)));
+    for (const { id } of lost) await revokeApiKey(tx, actor, id);
     const { key } = await createApiKey(tx, actor, { name: KEY_NAME, scopes: API_KEY_SCOPES, expiresAt: null });
     await writeSecret(file, key);
     return { key, file, made: true };
