@@ -38,7 +38,7 @@ export async function benchDatabase(): Promise<BenchDatabase> {
     pool,
     clear: async () => {
       await pool.query(
-        'truncate users, refresh_tokens, api_keys, projects, agents, tasks, executions, occurrences, audit_log, event_outbox, events cascade',
+        'set session_replication_role = replica; truncate users, refresh_tokens, api_keys, projects, agents, tasks, executions, occurrences, audit_log, event_outbox, events, audit_chain, audit_pending, agent_stats_hourly, idempotency_keys cascade; set session_replication_role = origin',
       );
     },
     async stop() {

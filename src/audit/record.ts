@@ -8,34 +8,54 @@ export type ChangedFields = Record<string, { old: unknown; new: unknown }>;
 const SECRET_FIELDS = new Set(['password', 'passwordHash', 'keyHash', 'tokenHash', 'leaseToken']);
 const REDACTED = '[redacted]';
 
+/** The entries, and with each a note that it waits for its place in the chain (seal.ts). */
 const WRITE = {
   name: 'audit-write',
   text: `
-    insert into audit_log (user_id, owner_id, operation, entity_type, entity_id, changed_fields, ip_address, user_agent, request_id)
-    values ($1, $2, $3, $4, $5, $6, $7, $8, $9)`,
+    with written as (
+      insert into audit_log (user_id, owner_id, operation, entity_type, entity_id, changed_fields, ip_address, user_agent,
+        request_id)
+      select $1, e.owner_id, e.operation, e.entity_type, e.entity_id, e.changed_fields, $3, $4, $5
+      from jsonb_to_recordset($2) as e(
+        owner_id bigint, operation text, entity_type text, entity_id bigint, changed_fields jsonb)
+      returning id
+    )
+    insert into audit_pending (audit_id) select id from written`,
 };
 
+/** What an entry of the audit log says of one change. */
+export interface AuditEntry {
+  operation: (typeof AUDIT_OPERATIONS)[number];
+  entityType: string;
+  entityId: number;
+  /** Who may read it besides admins; null when the thing is nobody's. */
+  ownerId: number | null;
+  changedFields: ChangedFields;
+}
+
 /** Writes one entry of the audit log, in the transaction of the change it tells of. `actor` null means Muster itself. */
-export async function recordAudit(
-  tx: Tx,
-  actor: Actor | null,
-  entry: {
-    operation: (typeof AUDIT_OPERATIONS)[number];
-    entityType: string;
-    entityId: number;
-    ownerId: number;
-    changedFields: ChangedFields;
-  },
-): Promise<void> {
+export async function recordAudit(tx: Tx, actor: AuditActor | null, entry: AuditEntry): Promise<void> {
+  await recordAudits(tx, actor, [entry]);
+}
+
+/** Who did it, as far as the log keeps it. */
+export type AuditActor = Pick<Actor, 'ip' | 'userAgent' | 'requestId'> & { userId: number | null };
+
+/** Writes any number of entries in one statement. */
+export async function recordAudits(tx: Tx, actor: AuditActor | null, entries: readonly AuditEntry[]): Promise<void> {
+  if (entries.length === 0) return;
+  const rows = entries.map((entry) => ({
+    owner_id: entry.ownerId,
+    operation: entry.operation,
+    entity_type: entry.entityType,
+    entity_id: entry.entityId,
+    changed_fields: entry.changedFields,
+  }));
   await tx.query({
     ...WRITE,
     values: [
       actor?.userId ?? null,
-      entry.ownerId,
-      entry.operation,
-      entry.entityType,
-      entry.entityId,
-      JSON.stringify(entry.changedFields),
+      JSON.stringify(rows),
       actor?.ip ?? null,
       actor?.userAgent ?? null,
       actor?.requestId ?? null,

@@ -8,6 +8,7 @@ import {
   integer,
   jsonb,
   pgTable,
+  primaryKey,
   smallint,
   text,
   timestamp,
@@ -190,7 +191,15 @@ export const projects = pgTable(
     updatedAt: updatedAt(),
   },
   (t) => [
-    index('projects_owner_created_idx').on(t.userId, t.createdAt, t.id),
+    // One for each order that lists offer, led by the owner; the last is what admins see first.
+    index('projects_owner_created_idx').on(t.userId, t.createdAt, t.id).where(sql`status <> 'deleted'`),
+    index('projects_owner_updated_idx').on(t.userId, t.updatedAt, t.id).where(sql`status <> 'deleted'`),
+    index('projects_owner_name_idx').on(t.userId, t.name, t.id).where(sql`status <> 'deleted'`),
+    index('projects_owner_count_idx').on(t.userId, t.tasksCount, t.id).where(sql`status <> 'deleted'`),
+    index('projects_created_idx').on(t.createdAt, t.id).where(sql`status <> 'deleted'`),
+    index('projects_search_idx')
+      .using('gin', sql`(name || chr(10) || coalesce(description, '')) gin_trgm_ops`)
+      .where(sql`status <> 'deleted'`),
     check('projects_status_check', oneOf('status', PROJECT_STATUSES)),
     check('projects_tasks_count_check', sql`${t.tasksCount} >= 0`),
   ],
@@ -209,6 +218,8 @@ export const agents = pgTable(
     status: text('status', { enum: AGENT_STATUSES }).notNull().default('idle'),
     /** Set by an admin: everybody sees it, and it runs everybody's tasks. */
     shared: boolean('shared').notNull().default(false),
+    /** Finishes what it has and is given nothing more. */
+    draining: boolean('draining').notNull().default(false),
     maxConcurrency: integer('max_concurrency').notNull().default(1),
     lastActiveAt: at('last_active_at').notNull().defaultNow(),
     deletedAt: at('deleted_at'),
@@ -219,6 +230,10 @@ export const agents = pgTable(
   (t) => [
     uniqueIndex('agents_owner_name_key').on(t.userId, t.name).where(sql`deleted_at is null`),
     index('agents_alive_idx').on(t.lastActiveAt).where(sql`deleted_at is null and status <> 'offline'`),
+    index('agents_owner_created_idx').on(t.userId, t.createdAt, t.id).where(sql`deleted_at is null`),
+    index('agents_created_idx').on(t.createdAt, t.id).where(sql`deleted_at is null`),
+    index('agents_shared_idx').on(t.createdAt, t.id).where(sql`deleted_at is null and shared`),
+    index('agents_capabilities_idx').using('gin', t.capabilities).where(sql`deleted_at is null`),
     check('agents_type_check', oneOf('type', AGENT_TYPES)),
     check('agents_status_check', oneOf('status', AGENT_STATUSES)),
     check('agents_max_concurrency_check', sql`${t.maxConcurrency} between 1 and 1000`),
@@ -252,6 +267,8 @@ export const tasks = pgTable(
     timeoutSeconds: integer('timeout_seconds').notNull().default(3600),
     agentId: reference('agent_id').references(() => agents.id),
     requiredCapabilities: text('required_capabilities').array().notNull().default([]),
+    /** Paused because its project was archived, so that restoring the project resumes it. */
+    pausedWithProject: boolean('paused_with_project').notNull().default(false),
     version: version(),
     createdAt: createdAt(),
     updatedAt: updatedAt(),
@@ -267,7 +284,21 @@ export const tasks = pgTable(
       .where(sql`status <> 'deleted'`),
     index('tasks_owner_status_idx').on(t.userId, t.status, t.id).where(sql`status <> 'deleted'`),
     index('tasks_owner_priority_idx').on(t.userId, t.priority, t.id).where(sql`status <> 'deleted'`),
-    index('tasks_project_idx').on(t.projectId).where(sql`status <> 'deleted' and project_id is not null`),
+    // What admins see first.
+    index('tasks_created_idx').on(t.createdAt, t.id).where(sql`status <> 'deleted'`),
+    // Serve filters, and what a project or an agent takes with it.
+    index('tasks_project_idx')
+      .on(t.projectId, t.createdAt, t.id)
+      .where(sql`status <> 'deleted' and project_id is not null`),
+    index('tasks_agent_idx').on(t.agentId, t.createdAt, t.id).where(sql`status <> 'deleted' and agent_id is not null`),
+    index('tasks_owner_skill_idx').on(t.userId, t.skillName, t.createdAt, t.id).where(sql`status <> 'deleted'`),
+    index('tasks_search_idx')
+      .using('gin', sql`(coalesce(name, '') || chr(10) || skill_name) gin_trgm_ops`)
+      .where(sql`status <> 'deleted'`),
+    // Serves the calendar: an owner's different schedules, and the tasks of each.
+    index('tasks_owner_schedule_idx')
+      .on(t.userId, t.scheduleCron, t.timezone, t.id)
+      .where(sql`schedule_cron is not null and next_run_at is not null`),
     check('tasks_status_check', oneOf('status', TASK_STATUSES)),
     check('tasks_priority_check', sql.raw(`priority between 0 and ${PRIORITIES.length - 1}`)),
     check('tasks_overlap_check', oneOf('overlap_policy', OVERLAP_POLICIES)),
@@ -336,8 +367,13 @@ export const executions = pgTable(
     index('executions_task_open_idx').on(t.taskId, t.id).where(sql`status in ('queued', 'running')`),
     index('executions_task_idx').on(t.taskId, t.createdAt, t.id),
     index('executions_owner_created_idx').on(t.userId, t.createdAt, t.id),
-    // Serves retention.
-    index('executions_created_idx').on(t.createdAt),
+    index('executions_agent_idx').on(t.agentId, t.createdAt, t.id).where(sql`agent_id is not null`),
+    // The rare ends that people look for; the others are found by walking the orders above.
+    index('executions_owner_unsuccessful_idx')
+      .on(t.userId, t.status, t.createdAt, t.id)
+      .where(sql`status in ('failed', 'timeout', 'cancelled')`),
+    // Serves admins and retention.
+    index('executions_created_idx').on(t.createdAt, t.id),
     check('executions_status_check', oneOf('status', EXECUTION_STATUSES)),
     check('executions_trigger_check', oneOf('trigger', EXECUTION_TRIGGERS)),
     check('executions_cause_check', oneOf('cause', EXECUTION_CAUSES)),
@@ -365,6 +401,8 @@ export const occurrences = pgTable(
     // What makes a double fire impossible, whoever schedules.
     unique('occurrences_tick_key').on(t.taskId, t.scheduledFor),
     index('occurrences_created_idx').on(t.createdAt),
+    // Serves the calendar's past.
+    index('occurrences_owner_idx').on(t.userId, t.scheduledFor, t.id),
     check('occurrences_verdict_check', oneOf('verdict', VERDICTS)),
     foreignKey({ name: 'occurrences_task_fk', columns: [t.taskId], foreignColumns: [tasks.id] }),
   ],
@@ -376,8 +414,8 @@ export const auditLog = pgTable(
     id: id(),
     /** Who did it. Null when Muster did. */
     userId: reference('user_id'),
-    /** Whose thing it is: who may read the entry. */
-    ownerId: reference('owner_id').notNull(),
+    /** Whose thing it is: who may read the entry. Null when it is nobody's, such as a login to no account: for admins. */
+    ownerId: reference('owner_id'),
     operation: text('operation', { enum: AUDIT_OPERATIONS }).notNull(),
     entityType: text('entity_type').notNull(),
     entityId: reference('entity_id').notNull(),
@@ -388,10 +426,71 @@ export const auditLog = pgTable(
     createdAt: createdAt(),
   },
   (t) => [
-    index('audit_log_owner_idx').on(t.ownerId, t.id),
-    index('audit_log_entity_idx').on(t.entityType, t.entityId, t.id),
+    index('audit_log_owner_idx').on(t.ownerId, t.createdAt, t.id),
+    index('audit_log_created_idx').on(t.createdAt, t.id),
+    index('audit_log_actor_idx').on(t.userId, t.createdAt, t.id),
+    index('audit_log_entity_idx').on(t.entityType, t.entityId, t.createdAt, t.id),
     check('audit_log_operation_check', oneOf('operation', AUDIT_OPERATIONS)),
   ],
+);
+
+/** Entries of the audit log that wait for their place in the chain: written with them, deleted when they are sealed. */
+export const auditPending = pgTable('audit_pending', { auditId: bigint('audit_id', { mode: 'number' }).primaryKey() });
+
+/** Each entry's place in its owner's chain of hashes, given by the sealer (audit/seal.ts). Never changed, as the log itself. */
+export const auditChain = pgTable(
+  'audit_chain',
+  {
+    /** The entry's owner; 0 for entries of nobody. */
+    ownerId: reference('owner_id').notNull(),
+    /** From 1, without holes. */
+    seq: reference('seq').notNull(),
+    auditId: reference('audit_id').notNull(),
+    /** SHA-256 in hex, over the hash before it and the entry. */
+    hash: text('hash').notNull(),
+    prevHash: text('prev_hash').notNull(),
+  },
+  (t) => [primaryKey({ columns: [t.ownerId, t.seq] }), uniqueIndex('audit_chain_entry_key').on(t.auditId)],
+);
+
+/** How the runs of an agent ended, counted by hour, so that metrics survive the history they were counted from. */
+export const agentStatsHourly = pgTable(
+  'agent_stats_hourly',
+  {
+    agentId: reference('agent_id')
+      .notNull()
+      .references(() => agents.id),
+    hour: at('hour').notNull(),
+    /** `success`, or the cause. */
+    outcome: text('outcome', { enum: ['success', ...EXECUTION_CAUSES] }).notNull(),
+    /** Place in a logarithmic scale of durations (agents/metrics.ts), from which percentiles are read. */
+    durationBucket: smallint('duration_bucket').notNull(),
+    runs: integer('runs').notNull(),
+    durationMsSum: bigint('duration_ms_sum', { mode: 'number' }).notNull(),
+  },
+  (t) => [
+    primaryKey({ columns: [t.agentId, t.hour, t.outcome, t.durationBucket] }),
+    check('agent_stats_hourly_outcome_check', oneOf('outcome', ['success', ...EXECUTION_CAUSES])),
+  ],
+);
+
+/** Answers to calls that carried an Idempotency-Key, written in the transaction of their effect. */
+export const idempotencyKeys = pgTable(
+  'idempotency_keys',
+  {
+    userId: reference('user_id').notNull(),
+    /** Method and path pattern. */
+    route: text('route').notNull(),
+    key: text('key').notNull(),
+    /** SHA-256 of what was asked for: the same key for something else is refused. */
+    requestHash: text('request_hash').notNull(),
+    status: smallint('status').notNull(),
+    headers: jsonb('headers').$type<Record<string, string>>().notNull(),
+    /** The JSON that was answered; null when it carried a secret and so is not kept. */
+    body: text('body'),
+    createdAt: createdAt(),
+  },
+  (t) => [primaryKey({ columns: [t.userId, t.route, t.key] }), index('idempotency_keys_created_idx').on(t.createdAt)],
 );
 
 const eventColumns = () => ({
