@@ -61,7 +61,7 @@ export async function rotateSession(
     await revokeFamily(tx, row.familyId);
     await recordAudit(
       tx,
-      { ...visitor, userId: row.userId, role: 'user', scopes: [] },
+      { ...visitor, userId: row.userId },
       {
         operation: 'UPDATE',
         entityType: 'session',

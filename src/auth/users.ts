@@ -21,7 +21,7 @@ export async function createUser(
   const { email, name, role, passwordHash } = user;
   await recordAudit(
     tx,
-    { ...visitor, userId: user.id, role, scopes: [] },
+    { ...visitor, userId: user.id },
     {
       operation: 'CREATE',
       entityType: 'user',
