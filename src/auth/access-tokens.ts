@@ -39,6 +39,8 @@ const MAX_LIFE_SECONDS = 3_600;
 const MAX_EXTERNAL_LIFE_SECONDS = 86_400;
 const CLOCK_SLACK_SECONDS = 60;
 const MAX_TOKEN_LENGTH = 4_096;
+/** How many verified tokens are remembered, so that a caller's signature is not computed at every call. */
+const MAX_VERIFIED = 10_000;
 /** How soon an issuer that did not answer with its keys is asked again. */
 const ISSUER_RETRY_SECONDS = 5;
 /** What is wrong with a token, and not with the issuer, when no key is found for it. */
@@ -72,28 +74,46 @@ export async function accessTokens(app: App, config: Config, secret: string | un
       },
     });
   }
+
+  const refused = () => unauthorized('The access token is not valid, or has expired: log in again.');
+  const verify: AccessTokens['verify'] = async (token) => {
+    if (token.length > MAX_TOKEN_LENGTH) throw refused();
+    let payload: unknown;
+    try {
+      checkHeader(token);
+      payload = external ? await external(token) : app.jwt.verify(token);
+    } catch (error) {
+      if (error instanceof Problem) throw error;
+      throw refused();
+    }
+    const parsed = claims.safeParse(payload);
+    if (!parsed.success) throw refused();
+    const { sub, iat, exp, nbf, fam, use } = parsed.data;
+    const now = Date.now() / 1000;
+    const current =
+      exp > now && iat <= now + CLOCK_SLACK_SECONDS && (nbf === undefined || nbf <= now + CLOCK_SLACK_SECONDS);
+    const shortLived = exp - iat <= (external ? MAX_EXTERNAL_LIFE_SECONDS : MAX_LIFE_SECONDS);
+    const ofALogin = external !== undefined || (fam !== undefined && use === 'access');
+    if (!current || !shortLived || !ofALogin || !Number.isSafeInteger(Number(sub))) throw refused();
+    return { userId: Number(sub), family: external ? null : (fam ?? null), expiresAt: new Date(exp * 1000) };
+  };
+  // A signature stays what it is. That its login has not ended is looked up at each call, by whoever calls this.
+  const verified = new Map<string, Awaited<ReturnType<AccessTokens['verify']>>>();
+
   return {
     async verify(token) {
-      const refused = unauthorized('The access token is not valid, or has expired: log in again.');
-      if (token.length > MAX_TOKEN_LENGTH) throw refused;
-      let payload: unknown;
-      try {
-        checkHeader(token);
-        payload = external ? await external(token) : app.jwt.verify(token);
-      } catch (error) {
-        if (error instanceof Problem) throw error;
-        throw refused;
+      const known = verified.get(token);
+      if (known) {
+        if (known.expiresAt.getTime() > Date.now()) return known;
+        verified.delete(token);
       }
-      const parsed = claims.safeParse(payload);
-      if (!parsed.success) throw refused;
-      const { sub, iat, exp, nbf, fam, use } = parsed.data;
-      const now = Date.now() / 1000;
-      const current =
-        exp > now && iat <= now + CLOCK_SLACK_SECONDS && (nbf === undefined || nbf <= now + CLOCK_SLACK_SECONDS);
-      const shortLived = exp - iat <= (external ? MAX_EXTERNAL_LIFE_SECONDS : MAX_LIFE_SECONDS);
-      const ofALogin = external !== undefined || (fam !== undefined && use === 'access');
-      if (!current || !shortLived || !ofALogin || !Number.isSafeInteger(Number(sub))) throw refused;
-      return { userId: Number(sub), family: external ? null : (fam ?? null), expiresAt: new Date(exp * 1000) };
+      const result = await verify(token);
+      // Keys of another issuer come and go: whether one still vouches for a token is asked each time.
+      if (!external) {
+        if (verified.size >= MAX_VERIFIED) verified.clear();
+        verified.set(token, result);
+      }
+      return result;
     },
     sign: external
       ? undefined

@@ -56,8 +56,8 @@ export async function credentials(
   const tokens = await accessTokens(app, deps.config, secret);
 
   const verifyKey: VerifyCredential = async (key) => {
-    const refused = unauthorized('The API key is not valid: it may be revoked or expired.');
-    if (!KEY.test(key)) throw refused;
+    const refused = () => unauthorized('The API key is not valid: it may be revoked or expired.');
+    if (!KEY.test(key)) throw refused();
     const { rows } = await db.query<{
       id: number;
       user_id: number;
@@ -67,7 +67,7 @@ export async function credentials(
       stale: boolean;
     }>({ ...FIND_KEY, values: [hashSecret(key)] });
     const [found] = rows;
-    if (!found) throw refused;
+    if (!found) throw refused();
     if (found.stale) {
       // Nobody waits for it: it is of no use to the call.
       db.query({ ...NOTE_USE, values: [found.id] }).catch((error: unknown) =>

@@ -108,6 +108,7 @@ export async function cancelOpenExecutions(tx: Tx, actor: Actor | null, task: Ta
 
 /** The newest runs of a task, for executionSummaryView. Served by executions_task_idx. */
 export async function recentExecutions(q: Queryable, taskId: number, limit: number): Promise<ExecutionRow[]> {
+  if (limit === 0) return [];
   return q.orm
     .select(summaryColumns)
     .from(executions)

@@ -1,5 +1,6 @@
 import { and, eq, gte, lt, type SQL, sql } from 'drizzle-orm';
 import type { Queryable, Tx } from '../db/database.ts';
+import { rowsOf } from '../db/rows.ts';
 import { occurrences, tasks } from '../db/schema.ts';
 import { type Actor, ownedBy, requireAccess } from '../http/access.ts';
 import { type Page, paginate, type SortKey } from '../http/pagination.ts';
@@ -17,23 +18,23 @@ export async function databaseNow(q: Queryable): Promise<Date> {
   return row.now;
 }
 
+const taskOf = rowsOf(tasks);
+const GET = { name: 'task-get', text: `select * from tasks where id = $1 and status <> 'deleted'` };
+const LOCK = { name: 'task-lock', text: `${GET.text} for no key update` };
+
 /** One task by the owner rule: 404 when there is none or it was deleted, 403 when it is somebody else's. */
 export async function getTask(q: Queryable, actor: Actor, id: number): Promise<Task> {
-  const [found] = await q.orm
-    .select()
-    .from(tasks)
-    .where(and(eq(tasks.id, id), notDeleted));
-  return requireAccess(actor, found, 'task', id);
+  return read(q, GET, actor, id);
 }
 
 /** The same, with the row locked until the transaction ends; runs of the task may still refer to it. */
 export async function lockTask(tx: Tx, actor: Actor, id: number): Promise<Task> {
-  const [found] = await tx.orm
-    .select()
-    .from(tasks)
-    .where(and(eq(tasks.id, id), notDeleted))
-    .for('no key update');
-  return requireAccess(actor, found, 'task', id);
+  return read(tx, LOCK, actor, id);
+}
+
+async function read(q: Queryable, statement: typeof GET, actor: Actor, id: number): Promise<Task> {
+  const { rows } = await q.query({ ...statement, values: [id] });
+  return requireAccess(actor, rows[0] && taskOf(rows[0]), 'task', id);
 }
 
 /** Whether a tick of the task at this time has had its verdict. Served by occurrences_tick_key. */
