@@ -1,13 +1,13 @@
 import { recentExecutions } from '../executions/executions.ts';
 import { executionSummary, executionSummaryView } from '../executions/schemas.ts';
 import type { App, Deps } from '../http/app.ts';
+import { etag, ifMatchHeaders, versions } from '../http/etag.ts';
 import { idParams } from '../http/validation.ts';
 import { previewAnswer, previewBody, previewQuery, previewSchedule, previewTask } from './preview.ts';
 import { databaseNow, getTask, listTasks } from './queries.ts';
 import {
   createTaskBody,
   historyQuery,
-  ifMatchHeaders,
   runTaskBody,
   taskAnswer,
   taskDeleted,
@@ -219,14 +219,4 @@ export function taskRoutes(app: App, { db }: Deps): void {
     },
     async (request) => ({ runs: await previewSchedule(request.body, request.body.from ?? (await databaseNow(db))) }),
   );
-}
-
-// A strong tag, since If-Match compares strongly (RFC 9110, 13.1.1): it stands for what people write of a task and not
-// for its runs. The weak form is taken too, since compressing proxies make one out of the other.
-const etag = (task: { version: number }) => `"${task.version}"`;
-
-/** The versions that an If-Match allows; undefined when it allows any. */
-function versions(ifMatch: string | undefined): number[] | undefined {
-  if (ifMatch === undefined || ifMatch.trim() === '*') return undefined;
-  return [...ifMatch.matchAll(/"(\d+)"/g)].map(([, version]) => Number(version));
 }

@@ -147,16 +147,6 @@ export const historyQuery = z.strictObject({
     .meta({ description: 'How many of its latest runs to show; 50 unless given.' }),
 });
 
-const entityTags = /^\s*(\*|(W\/)?"[^"]*"(\s*,\s*(W\/)?"[^"]*")*)\s*$/;
-
-export const ifMatchHeaders = z.looseObject({
-  'if-match': z
-    .string()
-    .regex(entityTags, { error: 'must be * or an ETag that a GET answered, such as "3"' })
-    .optional()
-    .meta({ description: 'Make the change only when the task is still at this ETag; else 412.' }),
-});
-
 const taskFields = {
   id,
   user_id: id,

@@ -7,7 +7,8 @@ import { type AUDIT_OPERATIONS, PRIORITIES, tasks } from '../db/schema.ts';
 import { cancelQueuedExecutions, enqueueExecution, hasRunningExecution } from '../executions/executions.ts';
 import type { Execution } from '../executions/schemas.ts';
 import type { Actor } from '../http/access.ts';
-import { conflict, invalid, Problem } from '../http/problem.ts';
+import { requireVersion } from '../http/etag.ts';
+import { conflict, invalid } from '../http/problem.ts';
 import { moveTask } from '../projects/projects.ts';
 import { emitEvents, type NewEvent } from '../realtime/events.ts';
 import { parseCron } from '../schedule/cron.ts';
@@ -63,7 +64,7 @@ export async function updateTask(
   expected: readonly number[] | undefined,
 ): Promise<Task> {
   const before = await lockTask(tx, actor, id);
-  requireVersion(before, expected);
+  requireVersion('task', before, expected);
   const changes = differing(before, columns(input));
   if (Object.keys(changes).length === 0) return before;
 
@@ -93,7 +94,7 @@ export async function deleteTask(
   expected: readonly number[] | undefined,
 ): Promise<Task> {
   const before = await lockTask(tx, actor, id);
-  requireVersion(before, expected);
+  requireVersion('task', before, expected);
   const status = taskTransition(before.status, 'deleted') ?? before.status;
   const after = await write(tx, before, { status, nextRunAt: null });
   await moveTask(tx, before.userId, before.projectId, null);
@@ -204,14 +205,6 @@ async function checkAgent(tx: Tx, ownerId: number, agentId: number): Promise<voi
   if (agent && (agent.userId === ownerId || agent.shared)) return;
   // The same for agents of others and for none, so nobody learns which exist.
   throw invalid('body.agent_id', `there is no agent ${agentId} of this task's owner, nor a shared one`);
-}
-
-function requireVersion(task: Task, expected: readonly number[] | undefined): void {
-  if (expected === undefined || expected.includes(task.version)) return;
-  throw new Problem(
-    'precondition-failed',
-    `The task ${task.id} has changed and is at version ${task.version}: get it and make the change to that.`,
-  );
 }
 
 async function write(tx: Tx, before: Task, changes: Partial<Task>): Promise<Task> {
