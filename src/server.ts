@@ -16,6 +16,7 @@ import { describeApi } from './http/openapi.ts';
 import { rateLimits } from './http/rate-limit.ts';
 import { requestId } from './http/request-id.ts';
 import { validateWithZod } from './http/validation.ts';
+import { projectRoutes } from './projects/routes.ts';
 import type { Feed } from './realtime/feed.ts';
 import { realtimeRoutes } from './realtime/routes.ts';
 import { taskRoutes } from './tasks/routes.ts';
@@ -81,6 +82,7 @@ export async function buildServer(
   await app.register(
     async (api: App) => {
       authRoutes(api, all);
+      projectRoutes(api, all);
       taskRoutes(api, all);
       executionRoutes(api, all);
       agentRoutes(api, all);

@@ -1,7 +1,7 @@
 import { and, desc, eq, getTableColumns, gte, lt, type SQL, sql } from 'drizzle-orm';
 import { agentActivity } from '../agents/agent-events.ts';
 import { findAgent, lockAgents } from '../agents/agents.ts';
-import { changedFields, recordAudit } from '../audit/record.ts';
+import { changedFields, recordAudit, recordAudits } from '../audit/record.ts';
 import type { Queryable, Tx } from '../db/database.ts';
 import { executions } from '../db/schema.ts';
 import { type Actor, mayAccess, ownedBy, requireAccess } from '../http/access.ts';
@@ -67,38 +67,49 @@ export async function enqueueExecution(
 }
 
 /**
- * Cancels the queued runs of a task that the caller has locked, and answers how many. A run that an agent is taking at this
+ * Cancels the queued runs of tasks that the caller has locked, and answers how many. A run that an agent is taking at this
  * moment counts as taken.
  */
-export async function cancelQueuedExecutions(tx: Tx, actor: Actor | null, task: TaskFacts): Promise<number> {
-  const { rows } = await tx.query<{ id: number }>({
+export async function cancelQueuedExecutions(
+  tx: Tx,
+  actor: Actor | null,
+  tasks: readonly TaskFacts[],
+): Promise<number> {
+  const { rows } = await tx.query<{ id: number; task_id: number }>({
     text: `
       update executions set status = 'cancelled', cause = 'cancelled', ended_at = now() where id in (
-        select id from executions where task_id = $1 and status = 'queued' for update skip locked
-      ) returning id`,
-    values: [task.id],
+        select id from executions where task_id = any($1::bigint[]) and status = 'queued' for update skip locked
+      ) returning id, task_id`,
+    values: [tasks.map(({ id }) => id)],
   });
-  for (const { id } of rows) {
-    await recordAudit(tx, actor, {
+  const byId = new Map(tasks.map((task) => [task.id, task]));
+  const cancelled = rows.flatMap(({ id, task_id: taskId }) => {
+    const task = byId.get(taskId);
+    return task ? [{ id, task }] : [];
+  });
+  await recordAudits(
+    tx,
+    actor,
+    cancelled.map(({ id, task }) => ({
       operation: 'UPDATE',
       entityType: 'execution',
       entityId: id,
       ownerId: task.userId,
       changedFields: { status: { old: 'queued', new: 'cancelled' } },
-    });
-  }
+    })),
+  );
   await emitEvents(
     tx,
-    rows.map(({ id }) =>
+    cancelled.map(({ id, task }) =>
       taskStatusUpdate(task, { previousStatus: task.status, executionId: id, executionStatus: 'cancelled' }),
     ),
   );
-  return rows.length;
+  return cancelled.length;
 }
 
 /** Cancels the queued runs of a task that the caller has locked, and asks its running ones to stop. */
 export async function cancelOpenExecutions(tx: Tx, actor: Actor | null, task: TaskFacts): Promise<void> {
-  await cancelQueuedExecutions(tx, actor, task);
+  await cancelQueuedExecutions(tx, actor, [task]);
   // Those that an agent took at this moment are still queued in this transaction's eyes.
   await tx.query({
     text: `update executions set cancel_requested = true where task_id = $1 and status in ('queued', 'running')`,

@@ -1,41 +1,88 @@
-import { asc, eq, inArray, sql } from 'drizzle-orm';
+import { eq, sql } from 'drizzle-orm';
+import { changedFields, recordAudit } from '../audit/record.ts';
 import type { Tx } from '../db/database.ts';
-import { projects } from '../db/schema.ts';
-import { invalid } from '../http/problem.ts';
+import { type AUDIT_OPERATIONS, projects } from '../db/schema.ts';
+import type { Actor } from '../http/access.ts';
+import { requireVersion } from '../http/etag.ts';
+import { deleteTasksOf, pauseTasksOf, resumeTasksOf } from '../tasks/project-tasks.ts';
+import { lockProject } from './queries.ts';
+import type { CreateProject, UpdateProject } from './schemas.ts';
+
+export type Project = typeof projects.$inferSelect;
+
+/** Creates a project of the caller's. */
+export async function createProject(tx: Tx, actor: Actor, input: CreateProject): Promise<Project> {
+  const [project] = await tx.orm
+    .insert(projects)
+    .values({ ...input, userId: actor.userId })
+    .returning();
+  if (!project) throw new Error('The insert answered no row.');
+  await tell(tx, actor, 'CREATE', null, project);
+  return project;
+}
 
 /**
- * Takes a task of `ownerId` out of one project and puts it into another (null: none), as far as the projects are
- * concerned: their `tasks_count`, kept true in the transaction that writes the task. Locks both, in rising order of id so
- * that two who move tasks to and fro never wait for each other, and so that neither is deleted meanwhile.
- *
- * Throws a 400 that names `body.project_id` when that owner has no such project. What a body refers to is a value, and the
- * answer is the same for projects of others and for none, so nobody learns which exist. The task's owner decides and not
- * the caller, or an admin could put one person's tasks into another's project.
+ * Changes the fields of a project that are given and differ. Archiving pauses its tasks that have a next time, restoring
+ * resumes those of them that nobody has touched since. `expected` are the versions of which it must have one, else 412.
  */
-export async function moveTask(tx: Tx, ownerId: number, from: number | null, to: number | null): Promise<void> {
-  if (from === to) return;
-  const locked = await tx.orm
-    .select({ id: projects.id, userId: projects.userId, status: projects.status })
-    .from(projects)
-    .where(
-      inArray(
-        projects.id,
-        [from, to].filter((id) => id !== null),
-      ),
-    )
-    .orderBy(asc(projects.id))
-    .for('no key update');
-  const target = locked.find(({ id }) => id === to);
-  if (to !== null && (target?.userId !== ownerId || target.status === 'deleted')) {
-    throw invalid('body.project_id', `there is no project ${to} of this task's owner`);
+export async function updateProject(
+  tx: Tx,
+  actor: Actor,
+  id: number,
+  input: UpdateProject,
+  expected: readonly number[] | undefined,
+): Promise<Project> {
+  const before = await lockProject(tx, actor, id);
+  requireVersion('project', before, expected);
+  const { name = before.name, description = before.description, status = before.status } = input;
+  if (name === before.name && description === before.description && status === before.status) return before;
+  const after = await write(tx, before, { name, description, status });
+  await tell(tx, actor, 'UPDATE', before, after);
+  if (status !== before.status) {
+    await (status === 'archived' ? pauseTasksOf : resumeTasksOf)(tx, actor, id);
   }
-  if (from !== null) await count(tx, from, -1);
-  if (to !== null) await count(tx, to, 1);
+  return after;
 }
 
-async function count(tx: Tx, id: number, delta: 1 | -1): Promise<void> {
-  await tx.orm
-    .update(projects)
-    .set({ tasksCount: sql`${projects.tasksCount} + ${delta}` })
-    .where(eq(projects.id, id));
+/** Deletes a project softly, with its tasks and their queued runs; an agent that is at a run of one finishes. */
+export async function deleteProject(
+  tx: Tx,
+  actor: Actor,
+  id: number,
+  expected: readonly number[] | undefined,
+): Promise<void> {
+  const before = await lockProject(tx, actor, id);
+  requireVersion('project', before, expected);
+  await deleteTasksOf(tx, actor, id);
+  const after = await write(tx, before, { status: 'deleted', tasksCount: 0 });
+  await tell(tx, actor, 'DELETE', before, after);
 }
+
+async function write(tx: Tx, before: Project, changes: Partial<Project>): Promise<Project> {
+  const [after] = await tx.orm
+    .update(projects)
+    .set({ ...changes, version: before.version + 1, updatedAt: sql`now()` })
+    .where(eq(projects.id, before.id))
+    .returning();
+  if (!after) throw new Error('The update answered no row.');
+  return after;
+}
+
+async function tell(
+  tx: Tx,
+  actor: Actor,
+  operation: (typeof AUDIT_OPERATIONS)[number],
+  before: Project | null,
+  after: Project,
+): Promise<void> {
+  await recordAudit(tx, actor, {
+    operation,
+    entityType: 'project',
+    entityId: after.id,
+    ownerId: after.userId,
+    changedFields: changedFields(before && facts(before), facts(after)),
+  });
+}
+
+/** What of a project is said by people; how many tasks it has follows from their own entries. */
+const facts = ({ id, userId, name, description, status }: Project) => ({ id, userId, name, description, status });

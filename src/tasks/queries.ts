@@ -1,9 +1,10 @@
-import { and, eq, gte, lt, type SQL, sql } from 'drizzle-orm';
+import { and, eq, gte, lt, sql } from 'drizzle-orm';
 import type { Queryable, Tx } from '../db/database.ts';
 import { rowsOf } from '../db/rows.ts';
 import { occurrences, tasks } from '../db/schema.ts';
 import { type Actor, ownedBy, requireAccess } from '../http/access.ts';
 import { type Page, paginate, type SortKey } from '../http/pagination.ts';
+import { contains } from '../http/search.ts';
 import type { TASK_SORTS, TaskQuery } from './schemas.ts';
 import type { Task } from './task-events.ts';
 
@@ -46,11 +47,15 @@ export async function hasTicked(q: Queryable, taskId: number, at: Date): Promise
   return found.length > 0;
 }
 
+// The expressions of tasks_owner_next_run_idx and tasks_search_idx, to the letter.
+const nextRun = sql<Date>`coalesce(${tasks.nextRunAt}, 'infinity'::timestamptz)`.mapWith(tasks.nextRunAt);
+const searched = sql`(coalesce(${tasks.name}, '') || chr(10) || ${tasks.skillName})`;
+
 /** Each order, served by the index tasks_owner_<order>_idx. A task without a next run comes after all that have one. */
 const SORT_KEYS: Record<(typeof TASK_SORTS)[number], SortKey> = {
   created_at: { by: sql`${tasks.createdAt}`, type: 'timestamptz' },
   updated_at: { by: sql`${tasks.updatedAt}`, type: 'timestamptz' },
-  next_run_at: { by: sql`coalesce(${tasks.nextRunAt}, 'infinity'::timestamptz)`, type: 'timestamptz' },
+  next_run_at: { by: nextRun, type: 'timestamptz' },
   status: { by: sql`${tasks.status}`, type: 'text' },
   priority: { by: sql`${tasks.priority}`, type: 'smallint' },
 };
@@ -72,9 +77,9 @@ export async function listTasks(q: Queryable, actor: Actor, query: TaskQuery): P
       skill_name === undefined ? undefined : eq(tasks.skillName, skill_name),
       project_id === undefined ? undefined : eq(tasks.projectId, project_id),
       agent_id === undefined ? undefined : eq(tasks.agentId, agent_id),
-      search === undefined ? undefined : contains(search),
-      next_run_from === undefined ? undefined : gte(tasks.nextRunAt, next_run_from),
-      next_run_to === undefined ? undefined : lt(tasks.nextRunAt, next_run_to),
+      search === undefined ? undefined : contains(searched, search),
+      next_run_from === undefined ? undefined : and(gte(nextRun, next_run_from), sql`${nextRun} < 'infinity'`),
+      next_run_to === undefined ? undefined : lt(nextRun, next_run_to),
     ),
     select: async ({ where, orderBy, limit, offset, key }) => {
       const rows = await q.orm
@@ -88,9 +93,4 @@ export async function listTasks(q: Queryable, actor: Actor, query: TaskQuery): P
     },
     count: (where) => q.orm.$count(tasks, where),
   });
-}
-
-function contains(text: string): SQL {
-  const pattern = `%${text.replace(/[\\%_]/g, '\\$&')}%`;
-  return sql`(${tasks.name} ilike ${pattern} or ${tasks.skillName} ilike ${pattern})`;
 }

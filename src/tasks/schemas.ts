@@ -133,7 +133,9 @@ export const taskQuery = z.strictObject({
   skill_name: skillName.optional(),
   project_id: idText.optional(),
   agent_id: idText.optional(),
-  search: z.string().max(255).optional().meta({ description: 'Part of the name or skill_name, in any case.' }),
+  search: z.string().max(255).optional().meta({
+    description: 'Part of the name or skill_name, in any case; one or two letters: the start of a word in them.',
+  }),
   next_run_from: instant.optional().meta({ description: 'Only those whose next run is not before this.' }),
   next_run_to: instant.optional().meta({ description: 'Only those whose next run is before this.' }),
   sort_by: z.enum(TASK_SORTS).optional().meta({ description: 'created_at unless given.' }),

@@ -1,22 +1,20 @@
 import { isDeepStrictEqual } from 'node:util';
 import { eq, sql } from 'drizzle-orm';
 import { findAgent } from '../agents/agents.ts';
-import { changedFields, recordAudit } from '../audit/record.ts';
 import type { Tx } from '../db/database.ts';
-import { type AUDIT_OPERATIONS, PRIORITIES, tasks } from '../db/schema.ts';
+import { PRIORITIES, tasks } from '../db/schema.ts';
 import { cancelQueuedExecutions, enqueueExecution, hasRunningExecution } from '../executions/executions.ts';
 import type { Execution } from '../executions/schemas.ts';
 import type { Actor } from '../http/access.ts';
 import { requireVersion } from '../http/etag.ts';
 import { conflict, invalid } from '../http/problem.ts';
-import { moveTask } from '../projects/projects.ts';
-import { emitEvents, type NewEvent } from '../realtime/events.ts';
+import { moveTask } from '../projects/move-task.ts';
 import { parseCron } from '../schedule/cron.ts';
 import { nextOccurrence } from '../schedule/occurrences.ts';
-import { SCHEDULE_TOPIC } from '../scheduler/scheduler.ts';
+import { tellChanges } from './changes.ts';
 import { databaseNow, hasTicked, lockTask } from './queries.ts';
-import { type CreateTask, priorityWord, type UpdateTask } from './schemas.ts';
-import { calendarEvent, type Task, taskStatusUpdate } from './task-events.ts';
+import type { CreateTask, UpdateTask } from './schemas.ts';
+import type { Task } from './task-events.ts';
 import { taskTransition } from './task-state.ts';
 
 // What can be done with a task. Each function works in the transaction it is given: the row, locked before it is changed,
@@ -48,7 +46,7 @@ export async function createTask(tx: Tx, actor: Actor, input: CreateTask): Promi
     })
     .returning();
   if (!task) throw new Error('The insert answered no row.');
-  await tell(tx, actor, 'CREATE', null, task);
+  await tellChanges(tx, actor, 'CREATE', [{ before: null, after: task }]);
   return task;
 }
 
@@ -82,7 +80,7 @@ export async function updateTask(
     if (changes.nextRunAt) changes.status = taskTransition(before.status, 'scheduled') ?? before.status;
   }
   const after = await write(tx, before, changes);
-  await tell(tx, actor, 'UPDATE', before, after);
+  await tellChanges(tx, actor, 'UPDATE', [{ before, after }]);
   return after;
 }
 
@@ -98,8 +96,8 @@ export async function deleteTask(
   const status = taskTransition(before.status, 'deleted') ?? before.status;
   const after = await write(tx, before, { status, nextRunAt: null });
   await moveTask(tx, before.userId, before.projectId, null);
-  await tell(tx, actor, 'DELETE', before, after);
-  await cancelQueuedExecutions(tx, actor, after);
+  await tellChanges(tx, actor, 'DELETE', [{ before, after }]);
+  await cancelQueuedExecutions(tx, actor, [after]);
   return after;
 }
 
@@ -120,13 +118,14 @@ export async function runTask(
  */
 export async function pauseTask(tx: Tx, actor: Actor, id: number): Promise<Task> {
   const before = await lockTask(tx, actor, id);
-  if (before.status === 'disabled') return before;
+  // Paused with its project and then by hand: by hand counts, and it stays paused when the project is restored.
+  if (before.status === 'disabled') return before.pausedWithProject ? unmark(tx, before) : before;
   const status = taskTransition(before.status, 'paused');
   if (!status) {
     throw conflict(`The task ${id} is ${before.status} and has no further run to pause: give it a new time instead.`);
   }
-  const after = await write(tx, before, { status, nextRunAt: null });
-  await tell(tx, actor, 'UPDATE', before, after);
+  const after = await write(tx, before, { status, nextRunAt: null, pausedWithProject: false });
+  await tellChanges(tx, actor, 'UPDATE', [{ before, after }]);
   return after;
 }
 
@@ -143,8 +142,8 @@ export async function resumeTask(tx: Tx, actor: Actor, id: number): Promise<Task
   if (!status) return before;
   const fired = before.runAt !== null && (await hasTicked(tx, id, before.runAt));
   const nextRunAt = fired ? null : firstRun(before, await databaseNow(tx));
-  const after = await write(tx, before, { status, nextRunAt });
-  await tell(tx, actor, 'UPDATE', before, after);
+  const after = await write(tx, before, { status, nextRunAt, pausedWithProject: false });
+  await tellChanges(tx, actor, 'UPDATE', [{ before, after }]);
   return after;
 }
 
@@ -180,7 +179,7 @@ function differing(row: Task, given: { [K in keyof Task]?: Task[K] | undefined }
 }
 
 /** The first time after `now`; a one-off's time as it is; null for a task that runs on demand. */
-function firstRun({ scheduleCron, timezone, runAt }: Schedule, now: Date): Date | null {
+export function firstRun({ scheduleCron, timezone, runAt }: Schedule, now: Date): Date | null {
   if (scheduleCron === null) return runAt;
   const next = nextOccurrence(parseCron(scheduleCron), timezone, now.getTime());
   return next ? new Date(next.scheduledFor) : null;
@@ -207,6 +206,12 @@ async function checkAgent(tx: Tx, ownerId: number, agentId: number): Promise<voi
   throw invalid('body.agent_id', `there is no agent ${agentId} of this task's owner, nor a shared one`);
 }
 
+/** Takes back the mark of a pause with the project; no change that a version, the log or an event would tell of. */
+async function unmark(tx: Tx, task: Task): Promise<Task> {
+  await tx.orm.update(tasks).set({ pausedWithProject: false }).where(eq(tasks.id, task.id));
+  return { ...task, pausedWithProject: false };
+}
+
 async function write(tx: Tx, before: Task, changes: Partial<Task>): Promise<Task> {
   const [after] = await tx.orm
     .update(tasks)
@@ -215,39 +220,4 @@ async function write(tx: Tx, before: Task, changes: Partial<Task>): Promise<Task
     .returning();
   if (!after) throw new Error('The update answered no row.');
   return after;
-}
-
-/** Writes the audit entry and the events of a change, and wakes the scheduler when there is a new next time. */
-async function tell(
-  tx: Tx,
-  actor: Actor,
-  operation: (typeof AUDIT_OPERATIONS)[number],
-  before: Task | null,
-  after: Task,
-): Promise<void> {
-  await recordAudit(tx, actor, {
-    operation,
-    entityType: 'task',
-    entityId: after.id,
-    ownerId: after.userId,
-    changedFields: changedFields(before && audited(before), audited(after)),
-  });
-  const calendar = calendarChange(before, after);
-  await emitEvents(tx, [
-    taskStatusUpdate(after, { previousStatus: before?.status ?? null }),
-    ...(calendar ? [calendar] : []),
-  ]);
-  if (after.nextRunAt && after.nextRunAt.getTime() !== before?.nextRunAt?.getTime()) {
-    tx.ring(SCHEDULE_TOPIC, after.nextRunAt.toISOString());
-  }
-}
-
-const audited = (task: Task) => ({ ...task, priority: priorityWord(task.priority) });
-
-/** What calendars must hear: a next time came, went, or shows otherwise. Of one that went, the time it had is told. */
-function calendarChange(before: Task | null, after: Task): NewEvent | undefined {
-  if (!before?.nextRunAt) return after.nextRunAt ? calendarEvent('created', after) : undefined;
-  if (!after.nextRunAt) return calendarEvent('deleted', { ...after, nextRunAt: before.nextRunAt });
-  const updated = calendarEvent('updated', after);
-  return isDeepStrictEqual(updated.data, calendarEvent('updated', before).data) ? undefined : updated;
 }
