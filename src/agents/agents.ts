@@ -1,9 +1,12 @@
 import { and, asc, eq, inArray, isNull, sql } from 'drizzle-orm';
+import type { PgUpdateSetSource } from 'drizzle-orm/pg-core';
 import { changedFields, recordAudit } from '../audit/record.ts';
-import type { Queryable, Tx } from '../db/database.ts';
+import { type Queryable, sqlState, type Tx } from '../db/database.ts';
 import { agents } from '../db/schema.ts';
+import { QUEUE_TOPIC } from '../executions/queue.ts';
 import { type Actor, requireAccess } from '../http/access.ts';
-import { Problem } from '../http/problem.ts';
+import { requireVersion } from '../http/etag.ts';
+import { conflict, Problem } from '../http/problem.ts';
 import { emitEvents } from '../realtime/events.ts';
 import { agentActivity } from './agent-events.ts';
 
@@ -27,9 +30,7 @@ export async function registerAgent(
   actor: Actor,
   input: Registration,
 ): Promise<{ agent: Agent; created: boolean }> {
-  if (input.shared !== undefined && actor.role !== 'admin') {
-    throw new Problem('forbidden', 'Only an admin may say whether an agent is shared: leave shared out.');
-  }
+  requireAdminToShare(actor, input.shared);
   const { shared, ...facts } = input;
   const wanted = { ...facts, ...(shared === undefined ? {} : { shared }) };
   const inserted = await tx.orm
@@ -63,6 +64,91 @@ export async function registerAgent(
   return { agent: after, created: false };
 }
 
+function requireAdminToShare(actor: Actor, shared: boolean | undefined): void {
+  if (shared !== undefined && actor.role !== 'admin') {
+    throw new Problem('forbidden', 'Only an admin may say whether an agent is shared: leave shared out.');
+  }
+}
+
+/**
+ * Changes the facts of an agent that are given and differ. `expected` are the versions of which it must have one, else 412;
+ * 409 for a name that another agent of its owner has.
+ */
+export async function updateAgent(
+  tx: Tx,
+  actor: Actor,
+  id: number,
+  input: { [K in keyof Registration]?: Registration[K] | undefined } & { draining?: boolean | undefined },
+  expected: readonly number[] | undefined,
+): Promise<Agent> {
+  requireAdminToShare(actor, input.shared);
+  const before = await lockAgent(tx, actor, id);
+  requireVersion('agent', before, expected);
+  const wanted = Object.fromEntries(Object.entries(input).filter(([, value]) => value !== undefined));
+  if (Object.keys(changedFields(pick(before, wanted), wanted)).length === 0) return before;
+  const after = await write(tx, id, wanted);
+  await told(tx, actor, before, after);
+  // Its long polls look again: they end when it drains, and may find more when it can do more.
+  tx.ring(QUEUE_TOPIC);
+  return after;
+}
+
+/**
+ * Removes an agent from the registry. Runs that it holds may still be reported. 409 while tasks or queued runs are pinned to
+ * it: they would wait for it for ever.
+ */
+export async function deleteAgent(
+  tx: Tx,
+  actor: Actor,
+  id: number,
+  expected: readonly number[] | undefined,
+): Promise<void> {
+  const before = await lockAgent(tx, actor, id);
+  requireVersion('agent', before, expected);
+  const { rows } = await tx.query<{ tasks: number; runs: number }>({
+    name: 'agent-pinned',
+    text: `
+      select (select count(*)::int from tasks where agent_id = $1 and status <> 'deleted') as tasks,
+        (select count(*)::int from executions where pinned_agent_id = $1 and status = 'queued') as runs`,
+    values: [id],
+  });
+  const { tasks = 0, runs = 0 } = rows[0] ?? {};
+  if (tasks + runs > 0) {
+    throw conflict(
+      `The agent ${id} is the only one that may run ${tasks} tasks and ${runs} queued runs: give the tasks another agent_id (or null) and cancel the runs first.`,
+    );
+  }
+  const after = await write(tx, id, { deletedAt: sql`now()`, status: 'offline' });
+  await recordAudit(tx, actor, {
+    operation: 'DELETE',
+    entityType: 'agent',
+    entityId: id,
+    ownerId: after.userId,
+    changedFields: changedFields(facts(before), null),
+  });
+  await emitEvents(tx, [agentActivity(after, 'deleted')]);
+  tx.ring(QUEUE_TOPIC);
+}
+
+async function lockAgent(tx: Tx, actor: Actor, id: number): Promise<Agent> {
+  const found = (await lockAgents(tx, [id])).get(id);
+  return requireAccess(actor, found?.deletedAt === null ? found : undefined, 'agent', id);
+}
+
+async function write(tx: Tx, id: number, changes: PgUpdateSetSource<typeof agents>): Promise<Agent> {
+  const [after] = await tx.orm
+    .update(agents)
+    .set({ ...changes, version: sql`${agents.version} + 1`, updatedAt: sql`now()` })
+    .where(eq(agents.id, id))
+    .returning()
+    .catch((error: unknown) => {
+      if (sqlState(error) === '23505') throw conflict(`Another agent of yours has that name: choose another.`);
+      throw error;
+    });
+  if (!after) throw new Error('The update answered no row.');
+  return after;
+}
+
 async function told(tx: Tx, actor: Actor, before: Agent | null, after: Agent): Promise<Agent> {
   await recordAudit(tx, actor, {
     operation: before ? 'UPDATE' : 'CREATE',
@@ -76,12 +162,13 @@ async function told(tx: Tx, actor: Actor, before: Agent | null, after: Agent): P
 }
 
 /** What of an agent is said by people, and so is audited; the rest is its heartbeat. */
-const facts = ({ name, type, capabilities, maxConcurrency, shared }: Agent) => ({
+const facts = ({ name, type, capabilities, maxConcurrency, shared, draining }: Agent) => ({
   name,
   type,
   capabilities,
   maxConcurrency,
   shared,
+  draining,
 });
 
 const pick = (row: object, like: object) =>

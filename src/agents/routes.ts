@@ -1,15 +1,35 @@
+import { z } from 'zod';
+import { executionsOfAgent } from '../executions/executions.ts';
 import { type Claimed, claimExecutions, returnClaims } from '../executions/lease.ts';
 import { waitForWork } from '../executions/queue.ts';
-import { claimAnswer, claimBody } from '../executions/schemas.ts';
+import { claimAnswer, claimBody, executionSummaryView } from '../executions/schemas.ts';
 import type { App, Deps } from '../http/app.ts';
 import type { Drain } from '../http/drain.ts';
+import { etag, ifMatchHeaders, versions } from '../http/etag.ts';
 import { idParams, toTime } from '../http/validation.ts';
-import { heartbeatAgent, registerAgent, requireAgent } from './agents.ts';
-import { agentAnswer, agentView, heartbeatBody, registerBody } from './schemas.ts';
+import type { Feed } from '../realtime/feed.ts';
+import { recordActivity } from './activity.ts';
+import { deleteAgent, heartbeatAgent, registerAgent, requireAgent, updateAgent } from './agents.ts';
+import { agentMetrics } from './metrics.ts';
+import { getVisibleAgent, listAgents } from './queries.ts';
+import {
+  activityAnswer,
+  activityBody,
+  agentAnswer,
+  agentDetail,
+  agentDetailQuery,
+  agentList,
+  agentQuery,
+  agentView,
+  heartbeatBody,
+  metricsView,
+  registerBody,
+  updateAgentBody,
+} from './schemas.ts';
 
 /** The registry of agents, and the call by which they take work. */
-export function agentRoutes(app: App, deps: Deps & { drain: Drain }): void {
-  const { db, bus, config, drain, logger } = deps;
+export function agentRoutes(app: App, deps: Deps & { drain: Drain; feed: Feed }): void {
+  const { db, bus, config, drain, feed, logger } = deps;
   const access = { rule: 'owner', scopes: ['agent'] } as const;
 
   app.post(
@@ -28,7 +48,154 @@ export function agentRoutes(app: App, deps: Deps & { drain: Drain }): void {
       const { agent, created } = await db.transaction((tx) =>
         registerAgent(tx, request.actor, { ...body, maxConcurrency }),
       );
-      return reply.code(created ? 201 : 200).send(agentView(agent));
+      return reply
+        .code(created ? 201 : 200)
+        .headers({ location: `/api/v1/agents/${agent.id}`, etag: etag(agent) })
+        .send(agentView(agent));
+    },
+  );
+
+  const read = { access: { rule: 'owner', scopes: ['read'] } } as const;
+  const write = { access: { rule: 'owner', scopes: ['write'] } } as const;
+  const tags = ['agents'];
+
+  app.get(
+    '/agents',
+    {
+      config: read,
+      schema: {
+        tags,
+        summary: 'List agents: your own and the shared ones',
+        querystring: agentQuery,
+        response: { 200: agentList },
+      },
+    },
+    async (request) => {
+      const { rows, ...page } = await listAgents(db, request.actor, request.query);
+      return { agents: rows.map(agentView), ...page };
+    },
+  );
+
+  app.get(
+    '/agents/:id',
+    {
+      config: read,
+      schema: {
+        tags,
+        summary: 'Get an agent, its latest runs, and how good it is',
+        description: 'Of a shared agent everybody sees the metrics, and of its runs their own.',
+        params: idParams,
+        querystring: agentDetailQuery,
+        response: { 200: agentDetail },
+      },
+    },
+    async (request, reply) => {
+      const { history_limit: limit, window_hours: hours } = request.query;
+      const agent = await getVisibleAgent(db, request.actor, request.params.id);
+      const history = await executionsOfAgent(db, request.actor, agent.id, limit);
+      const metrics = await agentMetrics(db, agent.id, hours);
+      return reply.header('etag', etag(agent)).send({
+        ...agentView(agent),
+        execution_history: history.map(executionSummaryView),
+        ...metricsView(metrics, hours),
+      });
+    },
+  );
+
+  app.put(
+    '/agents/:id',
+    {
+      config: write,
+      schema: {
+        tags,
+        summary: 'Change the given fields of an agent',
+        description: 'What changes nothing does nothing.',
+        params: idParams,
+        headers: ifMatchHeaders,
+        body: updateAgentBody,
+        response: { 200: agentAnswer },
+      },
+    },
+    async (request, reply) => {
+      const { actor, params, headers } = request;
+      const { max_concurrency: maxConcurrency, ...body } = request.body;
+      const agent = await db.transaction((tx) =>
+        updateAgent(tx, actor, params.id, { ...body, maxConcurrency }, versions(headers['if-match'])),
+      );
+      return reply.header('etag', etag(agent)).send(agentView(agent));
+    },
+  );
+
+  app.delete(
+    '/agents/:id',
+    {
+      config: write,
+      schema: {
+        tags,
+        summary: 'Remove an agent',
+        description: 'What it is at may still be reported. 409 while tasks or queued runs are pinned to it.',
+        params: idParams,
+        headers: ifMatchHeaders,
+        response: { 204: z.null() },
+      },
+    },
+    async (request, reply) => {
+      const { actor, params, headers } = request;
+      await db.transaction((tx) => deleteAgent(tx, actor, params.id, versions(headers['if-match'])));
+      return reply.code(204).send(null);
+    },
+  );
+
+  for (const [verb, draining, summary] of [
+    ['drain', true, 'Drain an agent: it finishes what it has and is given nothing more'],
+    ['resume', false, 'Give a draining agent work again'],
+  ] as const) {
+    app.post(
+      `/agents/:id/${verb}`,
+      {
+        config: { access: { rule: 'owner', scopes: ['write', 'agent'] } },
+        schema: { tags, summary, params: idParams, response: { 200: agentAnswer } },
+      },
+      async (request, reply) => {
+        const agent = await db.transaction((tx) =>
+          updateAgent(tx, request.actor, request.params.id, { draining }, undefined),
+        );
+        return reply.header('etag', etag(agent)).send(agentView(agent));
+      },
+    );
+  }
+
+  app.post(
+    '/agents/activity',
+    {
+      config: { access, limit: 'activity' },
+      schema: {
+        tags,
+        summary: 'Report what an agent does of its own accord',
+        description:
+          'Writes a run with the trigger `activity`. Report `running` first and the end with the `execution_id` of the answer, or the end alone.',
+        body: activityBody,
+        response: { 201: activityAnswer },
+      },
+    },
+    async (request, reply) => {
+      const { agent_id, task_id, status } = request.body;
+      const told = awaitTold(feed, task_id, status);
+      try {
+        const run = await db.transaction((tx) => recordActivity(tx, request.actor, request.body));
+        return reply.code(201).send({
+          status,
+          message: `The run ${run.id} is recorded as ${run.status}.`,
+          agent_id,
+          task_id,
+          execution_id: run.id,
+          // There is no Memory MCP server to store it in: what was done is in Postgres, and the answer says no more.
+          stored_in_memory_mcp: false,
+          broadcasted_via_websocket: await told.of(run.id),
+        });
+      } finally {
+        told.close();
+      }
     },
   );
 
@@ -74,6 +241,7 @@ export function agentRoutes(app: App, deps: Deps & { drain: Drain }): void {
       const timer = setTimeout(end, waitMs);
       drain.signal.addEventListener('abort', end);
       let claimed: Claimed[] = [];
+      let closed = false;
       let gone = false;
       const giveBack = async () => {
         if (claimed.length === 0) return;
@@ -94,8 +262,8 @@ export function agentRoutes(app: App, deps: Deps & { drain: Drain }): void {
       const waiter = waitForWork(bus, agent.shared ? null : agent.userId, skills);
       try {
         while (!drain.signal.aborted && !gone) {
-          claimed = await db.transaction((tx) => claimExecutions(tx, agent, wish));
-          if (claimed.length > 0 || ended.signal.aborted) break;
+          ({ claimed, closed } = await db.transaction((tx) => claimExecutions(tx, agent.id, wish)));
+          if (claimed.length > 0 || closed || ended.signal.aborted) break;
           await waiter.next(ended.signal);
         }
       } finally {
@@ -104,9 +272,38 @@ export function agentRoutes(app: App, deps: Deps & { drain: Drain }): void {
         drain.signal.removeEventListener('abort', end);
       }
       if (gone) await giveBack();
-      return { executions: claimed.map(claimView) };
+      return { draining: closed, executions: claimed.map(claimView) };
     },
   );
+}
+
+/** How long the answer to a report waits for its event to get its place. */
+const TOLD_WITHIN_MS = 500;
+
+/** Listens, from before a change is made, for the event that tells of it: whether it reached this server's sockets. */
+function awaitTold(feed: Feed, taskId: number, status: string) {
+  const heard = new Set<number>();
+  let look: (() => void) | undefined;
+  const off = feed.subscribe((event) => {
+    if (event.topic !== 'tasks' || event.taskId !== taskId) return;
+    const { data } = JSON.parse(event.text) as { data: { execution_id?: number; execution_status?: string } };
+    if (data.execution_status !== status || data.execution_id === undefined) return;
+    heard.add(data.execution_id);
+    look?.();
+  });
+  return {
+    close: off,
+    of: (runId: number) =>
+      new Promise<boolean>((resolve) => {
+        const timer = setTimeout(() => resolve(false), TOLD_WITHIN_MS);
+        look = () => {
+          if (!heard.has(runId)) return;
+          clearTimeout(timer);
+          resolve(true);
+        };
+        look();
+      }),
+  };
 }
 
 const claimView = (run: Claimed) => ({

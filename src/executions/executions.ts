@@ -128,6 +128,22 @@ export async function recentExecutions(q: Queryable, taskId: number, limit: numb
     .limit(limit);
 }
 
+/** The newest runs of an agent, of those that the caller may see. Served by executions_agent_idx. */
+export async function executionsOfAgent(
+  q: Queryable,
+  actor: Actor,
+  agentId: number,
+  limit: number,
+): Promise<ExecutionRow[]> {
+  if (limit === 0) return [];
+  return q.orm
+    .select(summaryColumns)
+    .from(executions)
+    .where(and(eq(executions.agentId, agentId), ownedBy(actor, executions.userId)))
+    .orderBy(desc(executions.createdAt), desc(executions.id))
+    .limit(limit);
+}
+
 /** Whether an agent is at a run of the task. Served by executions_task_open_idx. */
 export async function hasRunningExecution(q: Queryable, taskId: number): Promise<boolean> {
   const rows = await q.orm
@@ -331,7 +347,7 @@ export async function completeExecution(
 }
 
 /** The end of a text, at most MAX_OUTPUT_BYTES of UTF-8, cut between characters. */
-function cut(text: string | undefined): { text: string; truncated: boolean } | undefined {
+export function cut(text: string | undefined): { text: string; truncated: boolean } | undefined {
   if (text === undefined) return undefined;
   const bytes = Buffer.from(text, 'utf8');
   if (bytes.length <= MAX_OUTPUT_BYTES) return { text, truncated: false };

@@ -1,6 +1,8 @@
 import { agentActivity } from '../agents/agent-events.ts';
 import { type Agent, lockAgents } from '../agents/agents.ts';
 import type { Tx } from '../db/database.ts';
+import { rowsOf } from '../db/rows.ts';
+import { agents } from '../db/schema.ts';
 import { emitEvents } from '../realtime/events.ts';
 import { lockTasks } from '../tasks/locked-tasks.ts';
 import { taskStatusUpdate } from '../tasks/task-events.ts';
@@ -96,24 +98,28 @@ const claimStatement = (shared: boolean) => ({
     from taken join started on started.id = taken.task_id
     order by taken.priority desc, taken.available_at, taken.id`,
 });
+const agentOf = rowsOf(agents);
 const CLAIM_OWN = claimStatement(false);
 const CLAIM_SHARED = claimStatement(true);
 
 /** Locks the agent for a claim: claims of one agent take turns, so that none sees too many free slots. */
 const LOCK_AGENT = {
   name: 'claim-lock-agent',
-  text: 'select status from agents where id = $1 and deleted_at is null for no key update',
+  text: 'select * from agents where id = $1 and deleted_at is null for no key update',
 };
 
-/** Leases up to `max` runs to `agent`, as many as its max_concurrency leaves free; none when there are none. */
+/**
+ * Leases up to `max` runs to an agent, as many as its max_concurrency leaves free, by what the registry says of it now; none
+ * when there are none. `closed` says that there will be none: it drains, or was removed.
+ */
 export async function claimExecutions(
   tx: Tx,
-  agent: Agent,
+  agentId: number,
   wish: { max: number; skills?: readonly string[] | undefined; leaseSeconds: number },
-): Promise<Claimed[]> {
-  const locked = await tx.query<{ status: Agent['status'] }>({ ...LOCK_AGENT, values: [agent.id] });
-  const before = locked.rows[0]?.status;
-  if (before === undefined) return [];
+): Promise<{ claimed: Claimed[]; closed: boolean }> {
+  const locked = await tx.query({ ...LOCK_AGENT, values: [agentId] });
+  const agent = locked.rows[0] && agentOf(locked.rows[0]);
+  if (!agent || agent.draining) return { claimed: [], closed: true };
   const { rows } = await tx.query<ClaimedRow>({
     ...(agent.shared ? CLAIM_SHARED : CLAIM_OWN),
     values: [
@@ -127,7 +133,7 @@ export async function claimExecutions(
       DEADLINE_GRACE_SECONDS,
     ],
   });
-  if (rows.length === 0) return [];
+  if (rows.length === 0) return { claimed: [], closed: false };
   await emitEvents(
     tx,
     rows.flatMap((row) => [
@@ -150,7 +156,7 @@ export async function claimExecutions(
       agentActivity({ ...agent, status: 'busy' }, 'claimed', { taskId: row.task_id, executionId: row.id }),
     ]),
   );
-  return rows.map((row) => ({
+  const claimed = rows.map((row) => ({
     executionId: row.id,
     taskId: row.task_id,
     skillName: row.skill_name,
@@ -161,6 +167,7 @@ export async function claimExecutions(
     leaseExpiresAt: row.lease_expires_at,
     timeoutSeconds: row.timeout_seconds,
   }));
+  return { claimed, closed: false };
 }
 
 /**
@@ -194,6 +201,7 @@ export async function returnClaims(tx: Tx, agent: Agent, claimed: readonly Claim
 /** What is to be told of a run that was given back. */
 const UNTOUCHED = {
   status: 'queued',
+  cause: null,
   agentId: null,
   outputText: null,
   outputTruncated: false,

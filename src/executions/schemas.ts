@@ -72,6 +72,7 @@ export const claimBody = z.strictObject({
     .optional(),
 });
 export const claimAnswer = z.object({
+  draining: z.boolean().meta({ description: 'True when the agent is given nothing until it is resumed.' }),
   executions: z.array(
     z.object({
       execution_id: id,

@@ -1,6 +1,7 @@
 import { sql } from 'drizzle-orm';
 import { agentActivity } from '../agents/agent-events.ts';
 import type { Agent } from '../agents/agents.ts';
+import { durationBucket } from '../agents/metrics.ts';
 import type { Tx } from '../db/database.ts';
 import { executions } from '../db/schema.ts';
 import { emitEvents, type NewEvent } from '../realtime/events.ts';
@@ -26,7 +27,10 @@ const AROUND = {
     from executions where task_id = $1 and status in ('queued', 'running')`,
 };
 
-/** The rows that a run's end changes besides its own: one statement for the three, since every end passes here. */
+/**
+ * The rows that a run's end changes besides its own, its place in the agent's counts among them: one statement for all,
+ * since every end passes here.
+ */
 const SETTLE = {
   name: 'settle',
   text: `
@@ -34,6 +38,12 @@ const SETTLE = {
       update executions set available_at = now() where id = $1 and status = 'queued'
     ), task as (
       update tasks set status = $3 where id = $2 and status <> $3
+    ), counted as (
+      insert into agent_stats_hourly as s (agent_id, hour, outcome, duration_bucket, runs, duration_ms_sum)
+      select $4::bigint, date_trunc('hour', $6::timestamptz, 'UTC'), $7::text, ${durationBucket('$8::bigint')}, 1, $8::bigint
+      where $4::bigint is not null and $7::text is not null
+      on conflict (agent_id, hour, outcome, duration_bucket)
+      do update set runs = s.runs + 1, duration_ms_sum = s.duration_ms_sum + excluded.duration_ms_sum
     )
     update agents set status = $5 where id = $4 and status <> $5`,
 };
@@ -60,7 +70,16 @@ export async function settle(
   agent: Agent | undefined,
   run: Pick<
     Execution,
-    'id' | 'status' | 'agentId' | 'outputText' | 'outputTruncated' | 'errorText' | 'startedAt' | 'endedAt' | 'skillName'
+    | 'id'
+    | 'status'
+    | 'cause'
+    | 'agentId'
+    | 'outputText'
+    | 'outputTruncated'
+    | 'errorText'
+    | 'startedAt'
+    | 'endedAt'
+    | 'skillName'
   >,
 ): Promise<NewEvent[]> {
   const previousStatus = task.status;
@@ -78,7 +97,20 @@ export async function settle(
     task.status = taskTransition(task.status, event) ?? task.status;
   }
   if (agent?.status === 'busy' && around.agent_running === 0) agent.status = 'idle';
-  await tx.query({ ...SETTLE, values: [released, task.id, task.status, agent?.id ?? null, agent?.status ?? null] });
+  const took = durationMs(run);
+  await tx.query({
+    ...SETTLE,
+    values: [
+      released,
+      task.id,
+      task.status,
+      agent?.id ?? null,
+      agent?.status ?? null,
+      run.endedAt,
+      took === null ? null : run.status === 'success' ? 'success' : run.cause,
+      Math.max(0, took ?? 0),
+    ],
+  });
   // A run waits behind others of its own task: same owner, same skill, unless the task's was changed since.
   if (released !== null) tx.ring(QUEUE_TOPIC);
 
@@ -101,10 +133,14 @@ export async function settle(
   return events;
 }
 
-/** Whether a run that ended like this is tried again. A paused task starts nothing, and a retry is a start. */
+/**
+ * Whether a run that ended like this is tried again. A paused task starts nothing, and a retry is a start; what an agent did
+ * of its own accord is not ours to repeat.
+ */
 function retries(task: Task, run: Execution): boolean {
   return (
     (run.status === 'failed' || run.status === 'timeout') &&
+    run.trigger !== 'activity' &&
     run.attempt < task.maxAttempts &&
     !run.cancelRequested &&
     task.status !== 'disabled' &&
