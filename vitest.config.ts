@@ -17,6 +17,7 @@ export default defineConfig({
         'src/main.ts',
         'src/write-openapi.ts',
         'src/auth/create-admin.ts',
+        'src/audit/audit-verify.ts',
         'src/runner/agent.ts',
         'src/runner/watch.ts',
         'src/platform/stop-signals.ts',

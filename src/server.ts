@@ -3,6 +3,7 @@ import helmet from '@fastify/helmet';
 import { type FastifyBaseLogger, fastify, LogController } from 'fastify';
 import type { ZodTypeProvider } from 'fastify-type-provider-zod';
 import { agentRoutes } from './agents/routes.ts';
+import { auditRoutes } from './audit/routes.ts';
 import { credentials } from './auth/credentials.ts';
 import { authRoutes } from './auth/routes.ts';
 import { executionRoutes } from './executions/routes.ts';
@@ -86,6 +87,7 @@ export async function buildServer(
       taskRoutes(api, all);
       executionRoutes(api, all);
       agentRoutes(api, all);
+      auditRoutes(api, all);
     },
     { prefix: '/api/v1' },
   );

@@ -1,4 +1,5 @@
 import type { AddressInfo } from 'node:net';
+import { startSealer } from './audit/seal.ts';
 import type { Config } from './config.ts';
 import { createDatabase, type Database, sqlState } from './db/database.ts';
 import { migrateDatabase } from './db/migrate.ts';
@@ -59,6 +60,8 @@ export async function startMuster(options: StartOptions): Promise<Running> {
     await options.prepare?.(db);
     const relay = await startRelay({ db, bus, logger, directUrl });
     closers.push(() => relay.close());
+    const sealer = startSealer({ db, logger });
+    closers.push(() => sealer.close());
     const feed = createFeed({ db, bus, logger });
     feed.start();
     closers.push(() => feed.close());

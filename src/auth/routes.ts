@@ -21,7 +21,7 @@ import {
   userAnswer,
   userView,
 } from './schemas.ts';
-import { endSession, rotateSession, startSession } from './sessions.ts';
+import { endSession, recordRefusedLogin, rotateSession, startSession } from './sessions.ts';
 import { hashSecret } from './tokens.ts';
 import { createUser, findUser, findUserByEmail, type Visitor } from './users.ts';
 
@@ -82,9 +82,12 @@ export function authRoutes(app: App, deps: Deps & { tokens: AccessTokens }): voi
       if (!right || !user || user.disabledAt) {
         await wrongForEmail.hit(request, reply);
         await wrongFromAddress.hit(request, reply);
+        await db.transaction((tx) => recordRefusedLogin(tx, visitor(request), email, user?.id ?? null));
         throw unauthorized('The email address or the password is wrong.');
       }
-      const session = await db.transaction((tx) => startSession(tx, user.id, config.REFRESH_TOKEN_TTL_SECONDS));
+      const session = await db.transaction((tx) =>
+        startSession(tx, visitor(request), user.id, config.REFRESH_TOKEN_TTL_SECONDS),
+      );
       return sendTokens(reply, { ...session, userId: user.id });
     },
   );
@@ -122,7 +125,7 @@ export function authRoutes(app: App, deps: Deps & { tokens: AccessTokens }): voi
       },
     },
     async (request, reply) => {
-      await db.transaction((tx) => endSession(tx, request.body.refresh_token));
+      await db.transaction((tx) => endSession(tx, visitor(request), request.body.refresh_token));
       return reply.code(204).send(null);
     },
   );

@@ -15,22 +15,64 @@ import type { Visitor } from './users.ts';
 /** Starts a family; answers its id and its first refresh token. */
 export async function startSession(
   tx: Tx,
+  visitor: Visitor,
   userId: number,
   ttlSeconds: number,
 ): Promise<{ family: string; refreshToken: string }> {
   const family = randomUUID();
-  return { family, refreshToken: await issue(tx, userId, family, ttlSeconds) };
+  const { id, token } = await issue(tx, userId, family, ttlSeconds);
+  await recordAudit(
+    tx,
+    { ...visitor, userId },
+    {
+      operation: 'CREATE',
+      entityType: 'session',
+      entityId: id,
+      ownerId: userId,
+      changedFields: { family: { old: null, new: family } },
+    },
+  );
+  return { family, refreshToken: token };
 }
 
-async function issue(tx: Tx, userId: number, familyId: string, ttlSeconds: number): Promise<string> {
+/** Notes that somebody tried to log in and was refused; `userId` is whose email was given, null for nobody's. */
+export async function recordRefusedLogin(
+  tx: Tx,
+  visitor: Visitor,
+  email: string,
+  userId: number | null,
+): Promise<void> {
+  await recordAudit(
+    tx,
+    { ...visitor, userId: null },
+    {
+      operation: 'CREATE',
+      entityType: 'login',
+      entityId: userId ?? 0,
+      ownerId: userId,
+      changedFields: { email: { old: null, new: email }, outcome: { old: null, new: 'refused' } },
+    },
+  );
+}
+
+async function issue(
+  tx: Tx,
+  userId: number,
+  familyId: string,
+  ttlSeconds: number,
+): Promise<{ id: number; token: string }> {
   const token = newSecret('mrt_');
-  await tx.orm.insert(refreshTokens).values({
-    userId,
-    familyId,
-    tokenHash: hashSecret(token),
-    expiresAt: sql`now() + ${ttlSeconds} * interval '1 second'`,
-  });
-  return token;
+  const [row] = await tx.orm
+    .insert(refreshTokens)
+    .values({
+      userId,
+      familyId,
+      tokenHash: hashSecret(token),
+      expiresAt: sql`now() + ${ttlSeconds} * interval '1 second'`,
+    })
+    .returning({ id: refreshTokens.id });
+  if (!row) throw new Error('The insert answered no row.');
+  return { id: row.id, token };
 }
 
 /**
@@ -74,18 +116,29 @@ export async function rotateSession(
   }
   if (user.disabledAt) return undefined;
   await tx.orm.update(refreshTokens).set({ spentAt: sql`now()` }).where(eq(refreshTokens.id, row.id));
-  const refreshToken = await issue(tx, row.userId, row.familyId, ttlSeconds);
+  const { token: refreshToken } = await issue(tx, row.userId, row.familyId, ttlSeconds);
   return { userId: row.userId, family: row.familyId, refreshToken };
 }
 
 /** Ends the session of a refresh token, whatever became of the token; one that does not exist ends nothing. */
-export async function endSession(tx: Tx, token: string): Promise<void> {
+export async function endSession(tx: Tx, visitor: Visitor, token: string): Promise<void> {
   if (!(await lockUserOf(tx, token))) return;
   const [row] = await tx.orm
-    .select({ familyId: refreshTokens.familyId })
+    .select({ id: refreshTokens.id, userId: refreshTokens.userId, familyId: refreshTokens.familyId })
     .from(refreshTokens)
     .where(eq(refreshTokens.tokenHash, hashSecret(token)));
-  if (row) await revokeFamily(tx, row.familyId);
+  if (!row || !(await revokeFamily(tx, row.familyId))) return;
+  await recordAudit(
+    tx,
+    { ...visitor, userId: row.userId },
+    {
+      operation: 'DELETE',
+      entityType: 'session',
+      entityId: row.id,
+      ownerId: row.userId,
+      changedFields: { family: { old: row.familyId, new: null } },
+    },
+  );
 }
 
 /** Locks the user of a token until the transaction ends; undefined when there is no such token. */
@@ -104,9 +157,11 @@ async function lockUserOf(tx: Tx, token: string): Promise<{ disabledAt: Date | n
   return user;
 }
 
-async function revokeFamily(tx: Tx, familyId: string): Promise<void> {
-  await tx.orm
+/** Ends a family; false when it had ended. */
+async function revokeFamily(tx: Tx, familyId: string): Promise<boolean> {
+  const { rowCount } = await tx.orm
     .update(refreshTokens)
     .set({ revokedAt: sql`now()` })
     .where(and(eq(refreshTokens.familyId, familyId), isNull(refreshTokens.revokedAt)));
+  return (rowCount ?? 0) > 0;
 }

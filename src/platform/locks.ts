@@ -13,4 +13,6 @@ export const LOCKS = {
   relayOrder: [NAMESPACE, 3],
   /** Held, by its transaction, while the first admin is made. */
   firstAdmin: [NAMESPACE, 4],
+  /** Held, by its transaction, while entries of the audit log get their places in its chains. */
+  auditSeal: [NAMESPACE, 5],
 } as const satisfies Record<string, readonly [number, number]>;

@@ -1,0 +1,82 @@
+import { and, asc, eq, gte, lt, type SQL, sql } from 'drizzle-orm';
+import type { Queryable } from '../db/database.ts';
+import { auditChain, auditLog } from '../db/schema.ts';
+import { type Actor, ownedBy } from '../http/access.ts';
+import { type Page, paginate } from '../http/pagination.ts';
+import { Problem } from '../http/problem.ts';
+import type { AuditFilters, AuditQuery } from './schemas.ts';
+
+/** An entry with its place in its owner's chain, which it gets within a second of being written. */
+export type AuditRow = typeof auditLog.$inferSelect & {
+  seq: number | null;
+  hash: string | null;
+  prevHash: string | null;
+};
+
+const EXPORT_BATCH = 500;
+
+function filterOf(actor: Actor, filters: AuditFilters): SQL | undefined {
+  const { entity_type, entity_id, user_id, operation, from, to } = filters;
+  if (user_id !== undefined && user_id !== actor.userId && actor.role !== 'admin') {
+    throw new Problem('forbidden', 'Only an admin may ask for what another user did: leave user_id out.');
+  }
+  return and(
+    ownedBy(actor, auditLog.ownerId),
+    entity_type === undefined ? undefined : eq(auditLog.entityType, entity_type),
+    entity_id === undefined ? undefined : eq(auditLog.entityId, entity_id),
+    user_id === undefined ? undefined : eq(auditLog.userId, user_id),
+    operation === undefined ? undefined : eq(auditLog.operation, operation),
+    from === undefined ? undefined : gte(auditLog.createdAt, from),
+    to === undefined ? undefined : lt(auditLog.createdAt, to),
+  );
+}
+
+/** A page of the entries of what the caller owns (of everything for admins), newest first. */
+export async function listAudit(q: Queryable, actor: Actor, query: AuditQuery): Promise<Page<AuditRow>> {
+  const { limit, offset, cursor, total, sort_order: order = 'desc', format: _, ...filters } = query;
+  return paginate({
+    page: { limit, offset, cursor, total },
+    scope: ['audit', actor.role === 'admin' ? 'all' : actor.userId, order, filters],
+    sort: { by: sql`${auditLog.createdAt}`, type: 'timestamptz' },
+    order,
+    id: sql`${auditLog.id}`,
+    filter: filterOf(actor, filters),
+    select: async ({ where, orderBy, limit, offset, key }) => {
+      const rows = await q.orm
+        .select({ row: auditLog, chain: auditChain, key })
+        .from(auditLog)
+        .leftJoin(auditChain, eq(auditChain.auditId, auditLog.id))
+        .where(where)
+        .orderBy(...orderBy)
+        .limit(limit)
+        .offset(offset);
+      return rows.map(({ row, chain, key }) => ({ row: withPlace(row, chain), id: row.id, key }));
+    },
+    count: (where) => q.orm.$count(auditLog, where),
+  });
+}
+
+/** Every entry that the filters let through, oldest first, a batch at a time. */
+export async function* exportAudit(q: Queryable, actor: Actor, filters: AuditFilters): AsyncGenerator<AuditRow[]> {
+  const filter = filterOf(actor, filters);
+  for (let after: SQL | undefined; ; ) {
+    const rows = await q.orm
+      .select({ row: auditLog, chain: auditChain })
+      .from(auditLog)
+      .leftJoin(auditChain, eq(auditChain.auditId, auditLog.id))
+      .where(and(filter, after))
+      .orderBy(asc(auditLog.createdAt), asc(auditLog.id))
+      .limit(EXPORT_BATCH);
+    if (rows.length > 0) yield rows.map(({ row, chain }) => withPlace(row, chain));
+    const last = rows.at(-1)?.row;
+    if (!last || rows.length < EXPORT_BATCH) return;
+    after = sql`(${auditLog.createdAt}, ${auditLog.id}) > (${last.createdAt.toISOString()}::timestamptz, ${last.id}::bigint)`;
+  }
+}
+
+const withPlace = (row: typeof auditLog.$inferSelect, chain: typeof auditChain.$inferSelect | null): AuditRow => ({
+  ...row,
+  seq: chain?.seq ?? null,
+  hash: chain?.hash ?? null,
+  prevHash: chain?.prevHash ?? null,
+});
