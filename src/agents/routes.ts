@@ -6,6 +6,7 @@ import { claimAnswer, claimBody, executionSummaryView } from '../executions/sche
 import type { App, Deps } from '../http/app.ts';
 import type { Drain } from '../http/drain.ts';
 import { etag, ifMatchHeaders, versions } from '../http/etag.ts';
+import { answerOnce, idempotencyHeaders } from '../http/idempotency.ts';
 import { idParams, toTime } from '../http/validation.ts';
 import type { Feed } from '../realtime/feed.ts';
 import { recordActivity } from './activity.ts';
@@ -39,20 +40,18 @@ export function agentRoutes(app: App, deps: Deps & { drain: Drain; feed: Feed })
       schema: {
         tags: ['agents'],
         summary: 'Register an agent, or bring the one of that name up to date',
+        headers: idempotencyHeaders,
         body: registerBody,
         response: { 200: agentAnswer, 201: agentAnswer },
       },
     },
-    async (request, reply) => {
-      const { max_concurrency: maxConcurrency, ...body } = request.body;
-      const { agent, created } = await db.transaction((tx) =>
-        registerAgent(tx, request.actor, { ...body, maxConcurrency }),
-      );
-      return reply
-        .code(created ? 201 : 200)
-        .headers({ location: `/api/v1/agents/${agent.id}`, etag: etag(agent) })
-        .send(agentView(agent));
-    },
+    (request, reply) =>
+      answerOnce(db, request, reply, async (tx) => {
+        const { max_concurrency: maxConcurrency, ...body } = request.body;
+        const { agent, created } = await registerAgent(tx, request.actor, { ...body, maxConcurrency });
+        const headers = { location: `/api/v1/agents/${agent.id}`, etag: etag(agent) };
+        return { status: created ? 201 : 200, headers, body: agentView(agent) };
+      }),
   );
 
   const read = { access: { rule: 'owner', scopes: ['read'] } } as const;
@@ -174,6 +173,7 @@ export function agentRoutes(app: App, deps: Deps & { drain: Drain; feed: Feed })
         summary: 'Report what an agent does of its own accord',
         description:
           'Writes a run with the trigger `activity`. Report `running` first and the end with the `execution_id` of the answer, or the end alone.',
+        headers: idempotencyHeaders,
         body: activityBody,
         response: { 201: activityAnswer },
       },
@@ -182,17 +182,31 @@ export function agentRoutes(app: App, deps: Deps & { drain: Drain; feed: Feed })
       const { agent_id, task_id, status } = request.body;
       const told = awaitTold(feed, task_id, status);
       try {
-        const run = await db.transaction((tx) => recordActivity(tx, request.actor, request.body));
-        return reply.code(201).send({
-          status,
-          message: `The run ${run.id} is recorded as ${run.status}.`,
-          agent_id,
-          task_id,
-          execution_id: run.id,
-          // There is no Memory MCP server to store it in: what was done is in Postgres, and the answer says no more.
-          stored_in_memory_mcp: false,
-          broadcasted_via_websocket: await told.of(run.id),
-        });
+        // Awaited here: the answer to the report needs the ears until it is made.
+        return await answerOnce(
+          db,
+          request,
+          reply,
+          async (tx) => {
+            const run = await recordActivity(tx, request.actor, request.body);
+            return {
+              status: 201,
+              body: {
+                status,
+                message: `The run ${run.id} is recorded as ${run.status}.`,
+                agent_id,
+                task_id,
+                execution_id: run.id,
+                // There is no Memory MCP server to store it in: what was done is in Postgres, and the answer says no more.
+                stored_in_memory_mcp: false,
+                broadcasted_via_websocket: false as boolean,
+              },
+            };
+          },
+          {
+            committed: async (body) => ({ ...body, broadcasted_via_websocket: await told.of(body.execution_id) }),
+          },
+        );
       } finally {
         told.close();
       }

@@ -2,6 +2,7 @@ import type { FastifyReply, FastifyRequest } from 'fastify';
 import { z } from 'zod';
 import type { App, Deps } from '../http/app.ts';
 import { unauthorized } from '../http/authenticate.ts';
+import { answerOnce, idempotencyHeaders } from '../http/idempotency.ts';
 import { invalid, Problem } from '../http/problem.ts';
 import { addressKey } from '../http/rate-limit.ts';
 import { idParams } from '../http/validation.ts';
@@ -144,18 +145,29 @@ export function authRoutes(app: App, deps: Deps & { tokens: AccessTokens }): voi
     '/auth/api-keys',
     {
       config: self('write'),
-      schema: { tags, summary: 'Make an API key', body: apiKeyBody, response: { 201: newApiKeyAnswer } },
+      schema: {
+        tags,
+        summary: 'Make an API key',
+        headers: idempotencyHeaders,
+        body: apiKeyBody,
+        response: { 201: newApiKeyAnswer },
+      },
     },
     async (request, reply) => {
       const { name, scopes, expires_at: expiresAt = null } = request.body;
       if (expiresAt && expiresAt.getTime() <= Date.now()) throw invalid('body.expires_at', 'must be in the future');
-      const { key, apiKey } = await db.transaction((tx) =>
-        createApiKey(tx, request.actor, { name, scopes: scopes ?? request.actor.scopes, expiresAt }),
+      reply.header('cache-control', 'no-store');
+      return answerOnce(
+        db,
+        request,
+        reply,
+        async (tx) => {
+          const wanted = { name, scopes: scopes ?? request.actor.scopes, expiresAt };
+          const { key, apiKey } = await createApiKey(tx, request.actor, wanted);
+          return { status: 201, body: { ...apiKeyView(apiKey), key } };
+        },
+        { secret: true },
       );
-      return reply
-        .code(201)
-        .header('cache-control', 'no-store')
-        .send({ ...apiKeyView(apiKey), key });
     },
   );
 

@@ -1,6 +1,7 @@
 import { z } from 'zod';
 import type { App, Deps } from '../http/app.ts';
 import { etag, ifMatchHeaders, versions } from '../http/etag.ts';
+import { answerOnce, idempotencyHeaders } from '../http/idempotency.ts';
 import { idParams } from '../http/validation.ts';
 import { listTasks } from '../tasks/queries.ts';
 import { taskView } from '../tasks/schemas.ts';
@@ -27,15 +28,20 @@ export function projectRoutes(app: App, { db }: Deps): void {
     '/projects',
     {
       config: write,
-      schema: { tags, summary: 'Create a project', body: createProjectBody, response: { 201: projectAnswer } },
+      schema: {
+        tags,
+        summary: 'Create a project',
+        headers: idempotencyHeaders,
+        body: createProjectBody,
+        response: { 201: projectAnswer },
+      },
     },
-    async (request, reply) => {
-      const project = await db.transaction((tx) => createProject(tx, request.actor, request.body));
-      return reply
-        .code(201)
-        .headers({ location: `/api/v1/projects/${project.id}`, etag: etag(project) })
-        .send(projectView(project));
-    },
+    (request, reply) =>
+      answerOnce(db, request, reply, async (tx) => {
+        const project = await createProject(tx, request.actor, request.body);
+        const headers = { location: `/api/v1/projects/${project.id}`, etag: etag(project) };
+        return { status: 201, headers, body: projectView(project) };
+      }),
   );
 
   app.get(

@@ -2,6 +2,7 @@ import { markSilentAgents } from '../agents/agents.ts';
 import type { Config } from '../config.ts';
 import type { Database } from '../db/database.ts';
 import { QUEUE_TOPIC, queueDetail, RETRY_TOPIC } from '../executions/queue.ts';
+import { expireAnswers } from '../http/idempotency.ts';
 import { isDatabaseAway } from '../http/problem.ts';
 import type { Bus } from '../platform/bus.ts';
 import type { Logger } from '../platform/logger.ts';
@@ -19,13 +20,18 @@ export const SCHEDULE_TOPIC = 'schedule';
 /** The longest sleep: bounds what a lost ring or a jump of the database's clock can cost. */
 const MAX_SLEEP_MS = 5_000;
 const REAP_EVERY_MS = 1_000;
+const EXPIRE_EVERY_MS = 60_000;
+const EXPIRE_BATCH = 1_000;
 
 export interface Scheduler {
   /** Ends the loops after what they are doing; the second call waits for the first. */
   stop(): Promise<void>;
 }
 
-/** Starts firing due tasks, offering runs whose backoff is over, reaping lost leases and noticing silent agents. */
+/**
+ * Starts firing due tasks, offering runs whose backoff is over, reaping lost leases, noticing silent agents, and forgetting
+ * answers to Idempotency-Keys that are kept no longer.
+ */
 export function startScheduler(deps: { db: Database; bus: Bus; logger: Logger; config: Config }): Scheduler {
   const { db, bus, config } = deps;
   const log = (error: unknown) => {
@@ -61,12 +67,15 @@ export function startScheduler(deps: { db: Database; bus: Bus; logger: Logger; c
     const silent = await db.transaction((tx) => markSilentAgents(tx, config.AGENT_OFFLINE_AFTER_SECONDS));
     return reaped > 0 || silent > 0 ? 0 : REAP_EVERY_MS;
   });
+  const expiring = startLoop(log, async () =>
+    (await expireAnswers(db, EXPIRE_BATCH)) === EXPIRE_BATCH ? 0 : EXPIRE_EVERY_MS,
+  );
 
   let stopped: Promise<void> | undefined;
   const stop = async () => {
     offSchedule();
     offRetry();
-    await Promise.all([firing.stop(), offering.stop(), reaping.stop()]);
+    await Promise.all([firing.stop(), offering.stop(), reaping.stop(), expiring.stop()]);
   };
   return {
     stop: () => {

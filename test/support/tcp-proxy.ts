@@ -14,6 +14,8 @@ export interface TcpProxy {
    * firewall that forgot them.
    */
   restore(): Promise<void>;
+  /** From now on the given share of commits is passed on and its connection reset before the answer. */
+  resetCommits(share: number): void;
   close(): void;
 }
 
@@ -23,6 +25,7 @@ export async function createTcpProxy(databaseUrl: string): Promise<TcpProxy> {
   const host = decodeURIComponent(target.hostname);
   const port = Number(target.port || 5432);
   const connections = new Set<Socket>();
+  let commitsReset = 0;
   let state: 'open' | 'swallowing' | 'cut' = 'open';
 
   // Half open, or the end of one side would be answered also where nothing must be.
@@ -46,6 +49,7 @@ export async function createTcpProxy(databaseUrl: string): Promise<TcpProxy> {
     ] as const) {
       from.on('data', (chunk) => {
         if (state === 'open') to.write(chunk);
+        if (from === near && chunk.includes('commit\0') && Math.random() < commitsReset) near.resetAndDestroy();
       });
       from.on('end', () => {
         if (state === 'open') to.end();
@@ -83,6 +87,9 @@ export async function createTcpProxy(databaseUrl: string): Promise<TcpProxy> {
       drop();
       state = 'open';
       if (before === 'cut') await listen(own);
+    },
+    resetCommits(share) {
+      commitsReset = share;
     },
     close() {
       if (state !== 'cut') server.close();
