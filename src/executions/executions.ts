@@ -144,6 +144,18 @@ export async function executionsOfAgent(
     .limit(limit);
 }
 
+/** The runs of tasks that are queued or under way, by task. Served by executions_task_open_idx. */
+export async function openExecutionsOf(q: Queryable, taskIds: readonly number[]): Promise<Map<number, number[]>> {
+  const { rows } = await q.query<{ task_id: number; ids: number[] }>({
+    name: 'executions-open',
+    text: `
+      select task_id, array_agg(id order by id) as ids from executions
+      where task_id = any($1::bigint[]) and status in ('queued', 'running') group by task_id`,
+    values: [taskIds],
+  });
+  return new Map(rows.map(({ task_id, ids }) => [task_id, ids.map(Number)]));
+}
+
 /** Whether an agent is at a run of the task. Served by executions_task_open_idx. */
 export async function hasRunningExecution(q: Queryable, taskId: number): Promise<boolean> {
   const rows = await q.orm

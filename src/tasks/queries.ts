@@ -1,4 +1,4 @@
-import { and, eq, gte, lt, sql } from 'drizzle-orm';
+import { and, asc, eq, gte, lt, type SQL, sql } from 'drizzle-orm';
 import type { Queryable, Tx } from '../db/database.ts';
 import { rowsOf } from '../db/rows.ts';
 import { occurrences, tasks } from '../db/schema.ts';
@@ -63,24 +63,13 @@ const SORT_KEYS: Record<(typeof TASK_SORTS)[number], SortKey> = {
 /** A page of the caller's tasks (of everybody's for admins), newest first unless asked otherwise. */
 export async function listTasks(q: Queryable, actor: Actor, query: TaskQuery): Promise<Page<Task>> {
   const { limit, offset, cursor, total, sort_by = 'created_at', sort_order = 'desc', ...filters } = query;
-  const { status, skill_name, project_id, agent_id, search, next_run_from, next_run_to } = filters;
   return paginate({
     page: { limit, offset, cursor, total },
     scope: ['tasks', actor.role === 'admin' ? 'all' : actor.userId, sort_by, sort_order, filters],
     sort: SORT_KEYS[sort_by],
     order: sort_order,
     id: sql`${tasks.id}`,
-    filter: and(
-      notDeleted,
-      ownedBy(actor, tasks.userId),
-      status === undefined ? undefined : eq(tasks.status, status),
-      skill_name === undefined ? undefined : eq(tasks.skillName, skill_name),
-      project_id === undefined ? undefined : eq(tasks.projectId, project_id),
-      agent_id === undefined ? undefined : eq(tasks.agentId, agent_id),
-      search === undefined ? undefined : contains(searched, search),
-      next_run_from === undefined ? undefined : and(gte(nextRun, next_run_from), sql`${nextRun} < 'infinity'`),
-      next_run_to === undefined ? undefined : lt(nextRun, next_run_to),
-    ),
+    filter: filterOf(actor, filters),
     select: async ({ where, orderBy, limit, offset, key }) => {
       const rows = await q.orm
         .select({ row: tasks, key })
@@ -93,4 +82,37 @@ export async function listTasks(q: Queryable, actor: Actor, query: TaskQuery): P
     },
     count: (where) => q.orm.$count(tasks, where),
   });
+}
+
+type TaskFilters = Pick<TaskQuery, 'status' | 'skill_name' | 'project_id' | 'agent_id' | 'search'> &
+  Partial<Pick<TaskQuery, 'next_run_from' | 'next_run_to'>>;
+
+function filterOf(actor: Actor, filters: TaskFilters): SQL | undefined {
+  const { status, skill_name, project_id, agent_id, search, next_run_from, next_run_to } = filters;
+  return and(
+    notDeleted,
+    ownedBy(actor, tasks.userId),
+    status === undefined ? undefined : eq(tasks.status, status),
+    skill_name === undefined ? undefined : eq(tasks.skillName, skill_name),
+    project_id === undefined ? undefined : eq(tasks.projectId, project_id),
+    agent_id === undefined ? undefined : eq(tasks.agentId, agent_id),
+    search === undefined ? undefined : contains(searched, search),
+    next_run_from === undefined ? undefined : and(gte(nextRun, next_run_from), sql`${nextRun} < 'infinity'`),
+    next_run_to === undefined ? undefined : lt(nextRun, next_run_to),
+  );
+}
+
+/** The ids of the caller's tasks that the filters let through, lowest first, so many at the most; and how many there are. */
+export async function matchingTasks(
+  q: Queryable,
+  actor: Actor,
+  filters: TaskFilters,
+  limit: number,
+): Promise<{ ids: number[]; matched: number }> {
+  const where = filterOf(actor, filters);
+  const rows = await q.orm.select({ id: tasks.id }).from(tasks).where(where).orderBy(asc(tasks.id)).limit(limit);
+  return {
+    ids: rows.map(({ id }) => id),
+    matched: rows.length < limit ? rows.length : await q.orm.$count(tasks, where),
+  };
 }

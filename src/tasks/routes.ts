@@ -1,8 +1,22 @@
 import { recentExecutions } from '../executions/executions.ts';
 import { executionSummary, executionSummaryView } from '../executions/schemas.ts';
+import { mayAccess } from '../http/access.ts';
 import type { App, Deps } from '../http/app.ts';
 import { etag, ifMatchHeaders, versions } from '../http/etag.ts';
-import { idParams } from '../http/validation.ts';
+import { answerOnce, idempotencyHeaders } from '../http/idempotency.ts';
+import { Problem } from '../http/problem.ts';
+import { idParams, toTime } from '../http/validation.ts';
+import { bulkAnswer, bulkBody, bulkTasks } from './bulk.ts';
+import { calendar } from './calendar.ts';
+import {
+  calendarAnswer,
+  calendarQuery,
+  calendarView,
+  occurrenceList,
+  occurrenceQuery,
+  occurrenceView,
+} from './calendar-schemas.ts';
+import { listOccurrences } from './occurrences.ts';
 import { previewAnswer, previewBody, previewQuery, previewSchedule, previewTask } from './preview.ts';
 import { databaseNow, getTask, listTasks } from './queries.ts';
 import {
@@ -34,17 +48,17 @@ export function taskRoutes(app: App, { db }: Deps): void {
         summary: 'Create a task',
         description:
           'It runs by `schedule_cron` or once at `run_at`; with neither, only when asked to by `POST /tasks/{id}/run`.',
+        headers: idempotencyHeaders,
         body: createTaskBody,
         response: { 201: taskAnswer },
       },
     },
-    async (request, reply) => {
-      const task = await db.transaction((tx) => createTask(tx, request.actor, request.body));
-      return reply
-        .code(201)
-        .headers({ location: `/api/v1/tasks/${task.id}`, etag: etag(task) })
-        .send(taskView(task));
-    },
+    (request, reply) =>
+      answerOnce(db, request, reply, async (tx) => {
+        const task = await createTask(tx, request.actor, request.body);
+        const headers = { location: `/api/v1/tasks/${task.id}`, etag: etag(task) };
+        return { status: 201, headers, body: taskView(task) };
+      }),
   );
 
   app.get(
@@ -137,17 +151,17 @@ export function taskRoutes(app: App, { db }: Deps): void {
         summary: 'Run a task now',
         description: 'Queues a run whatever the schedule says; paused tasks run too.',
         params: idParams,
+        headers: idempotencyHeaders,
         body: runTaskBody,
         response: { 202: executionSummary },
       },
     },
-    async (request, reply) => {
-      const run = await db.transaction((tx) => runTask(tx, request.actor, request.params.id, request.body?.params));
-      return reply
-        .code(202)
-        .header('location', `/api/v1/executions/${run.id}`)
-        .send(executionSummaryView({ ...run, outputPreview: run.outputText }));
-    },
+    (request, reply) =>
+      answerOnce(db, request, reply, async (tx) => {
+        const run = await runTask(tx, request.actor, request.params.id, request.body?.params);
+        const headers = { location: `/api/v1/executions/${run.id}` };
+        return { status: 202, headers, body: executionSummaryView({ ...run, outputPreview: run.outputText }) };
+      }),
   );
 
   app.post(
@@ -183,6 +197,67 @@ export function taskRoutes(app: App, { db }: Deps): void {
     async (request, reply) => {
       const task = await db.transaction((tx) => resumeTask(tx, request.actor, request.params.id));
       return reply.header('etag', etag(task)).send(taskView(task));
+    },
+  );
+
+  app.post(
+    '/tasks/bulk',
+    {
+      config: write,
+      schema: {
+        tags,
+        summary: 'Do one thing to many tasks: pause, resume, delete, run, cancel',
+        description: 'In one transaction. The answer says of each task what became of it; `dry_run` what would.',
+        headers: idempotencyHeaders,
+        body: bulkBody,
+        response: { 200: bulkAnswer },
+      },
+    },
+    (request, reply) =>
+      answerOnce(db, request, reply, async (tx) => ({
+        status: 200,
+        body: await bulkTasks(tx, request.actor, request.body),
+      })),
+  );
+
+  app.get(
+    '/tasks/:id/occurrences',
+    {
+      config: read,
+      schema: {
+        tags,
+        summary: 'Every tick of a task and what became of it, newest first',
+        params: idParams,
+        querystring: occurrenceQuery,
+        response: { 200: occurrenceList },
+      },
+    },
+    async (request) => {
+      const task = await getTask(db, request.actor, request.params.id);
+      const { rows, ...page } = await listOccurrences(db, task.id, request.query);
+      return { occurrences: rows.map(occurrenceView), ...page };
+    },
+  );
+
+  app.get(
+    '/calendar',
+    {
+      config: { access: { rule: 'self', scopes: ['read'] } },
+      schema: {
+        tags: ['calendar'],
+        summary: 'Every time at which your tasks fired or will fire in a window',
+        description: 'The past as it was recorded, the future by the schedules; soonest first, 5,000 at the most.',
+        querystring: calendarQuery,
+        response: { 200: calendarAnswer },
+      },
+    },
+    async (request) => {
+      const { actor, query } = request;
+      const { from, to, project_id: projectId, skill_name: skillName, user_id: userId = actor.userId } = query;
+      if (!mayAccess(actor, userId))
+        throw new Problem('forbidden', 'Only an admin may look at the calendar of others.');
+      const { entries, truncated } = await calendar(db, { userId, from, to, projectId, skillName, limit: 5_000 });
+      return { from: toTime(from), to: toTime(to), entries: entries.map(calendarView), truncated };
     },
   );
 

@@ -117,6 +117,9 @@ export const updateTaskBody = z
   });
 export type UpdateTask = z.output<typeof updateTaskBody>;
 
+/** What a run is given instead of its task's params. */
+export const runTaskParams = params;
+
 /** A body that may be left out altogether. */
 export const runTaskBody = z
   .strictObject({ params: params.optional().meta({ description: 'For this run, instead of those of the task.' }) })
