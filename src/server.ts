@@ -63,6 +63,7 @@ export async function buildServer(
     methods: ['GET', 'POST', 'PUT', 'DELETE'],
     exposedHeaders: [
       'ETag',
+      'Idempotency-Replayed',
       'Location',
       'Retry-After',
       'X-Event-Cursor',
@@ -70,6 +71,9 @@ export async function buildServer(
       'RateLimit-Limit',
       'RateLimit-Remaining',
       'RateLimit-Reset',
+      'X-RateLimit-Limit',
+      'X-RateLimit-Remaining',
+      'X-RateLimit-Reset',
     ],
     maxAge: 600,
   });

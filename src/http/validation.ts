@@ -98,6 +98,15 @@ export function validateWithZod(app: FastifyInstance): void {
     parseJson(request, body.toString('utf8'), done);
   });
 
+  // Compressed bodies are not taken: a small one can stand for any amount of memory (RFC 9110, 15.5.16).
+  app.addHook('onRequest', async (request) => {
+    const encoding = request.headers['content-encoding'];
+    if (encoding === undefined || encoding.toLowerCase() === 'identity') return;
+    throw new Problem('unsupported-media-type', 'Send the body as it is, without Content-Encoding.', {
+      headers: { 'accept-encoding': 'identity' },
+    });
+  });
+
   // A query that a route does not declare is refused like any other unknown field.
   app.addHook('onRoute', (route) => {
     route.schema = { querystring: z.strictObject({}), ...route.schema };

@@ -19,7 +19,7 @@ beforeAll(async () => {
   const run = (text: string, values: unknown[] = []) => server.db.pool.query(text, values);
   for (const owner of [user.id, other.id]) {
     await run(
-      `insert into projects (user_id, name) select $1, 'project ' || md5(i::text) from generate_series(1, 3000) i`,
+      `insert into projects (user_id, name) select $1, 'project ' || md5(i::text) from generate_series(1, 12000) i`,
       [owner],
     );
     await run(
@@ -65,6 +65,12 @@ beforeAll(async () => {
       [owner],
     );
   }
+  await run(
+    `insert into audit_chain (owner_id, seq, audit_id, hash, prev_hash)
+     select owner_id, 1000 + row_number() over (partition by owner_id order by id), id, repeat('a', 64), repeat('b', 64)
+     from audit_log where changed_fields = '{}' and not exists (select from audit_chain c where c.audit_id = audit_log.id)
+       and not exists (select from audit_pending p where p.audit_id = audit_log.id)`,
+  );
   await run('analyze');
   const { rows } = await server.db.pool.query<{ project: number; agent: number; task: number }>(
     `select (select min(id) from projects where user_id = $1) as project, (select min(id) from agents where user_id = $1) as agent,
@@ -134,7 +140,7 @@ describe('an index serves', () => {
     ['tasks of an agent', () => `/tasks?agent_id=${agentId}`],
     ['tasks of a window', () => `/tasks?next_run_from=${inDays(1)}&next_run_to=${inDays(1.01)}`],
     ['tasks by a part of the name', () => '/tasks?search=c4ca4238a0b9'],
-    ['tasks by two letters', () => '/tasks?search=zz'],
+    ['tasks by two letters', () => '/tasks?search=zz&total=false'],
     ['one task with its runs', () => `/tasks/${taskId}`],
     ['ticks of a task', () => `/tasks/${taskId}/occurrences?total=false`],
     ['projects', () => '/projects?total=false'],
