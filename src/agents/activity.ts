@@ -1,4 +1,4 @@
-import { eq, sql } from 'drizzle-orm';
+import { and, eq, sql } from 'drizzle-orm';
 import { changedFields, recordAudit } from '../audit/record.ts';
 import type { Tx } from '../db/database.ts';
 import { agents, executions, tasks } from '../db/schema.ts';
@@ -29,21 +29,33 @@ export async function recordActivity(tx: Tx, actor: Actor, input: Activity): Pro
   if (!task || task.status === 'deleted' || !(task.userId === agent.userId || agent.shared)) {
     throw invalid('body.task_id', `there is no task ${input.task_id} that this agent may run`);
   }
-  await tx.orm.update(agents).set({ lastActiveAt: sql`now()` }).where(eq(agents.id, agent.id));
   const open = input.execution_id === undefined ? undefined : await openRun(tx, agent, task, input.execution_id);
+  await noteAlive(tx, agent, open);
   return input.status === 'running' ? start(tx, actor, agent, task, open) : end(tx, actor, agent, task, open, input);
 }
 
+/** Who reports is alive; one that was offline is back, and `agent` is brought up to date. */
+async function noteAlive(tx: Tx, agent: Agent, open: Execution | undefined): Promise<void> {
+  const back = agent.status === 'offline';
+  if (back) agent.status = open ? 'busy' : 'idle';
+  await tx.orm.update(agents).set({ lastActiveAt: sql`now()`, status: agent.status }).where(eq(agents.id, agent.id));
+  if (back) await emitEvents(tx, [agentActivity(agent, 'heartbeat')]);
+}
+
 async function openRun(tx: Tx, agent: Agent, task: Task, id: number): Promise<Execution> {
-  const [run] = await tx.orm.select().from(executions).where(eq(executions.id, id)).for('update');
-  if (!run || run.taskId !== task.id) {
-    throw invalid('body.execution_id', `there is no execution ${id} of the task ${task.id}`);
-  }
-  if (run.trigger !== 'activity') {
+  const [run] = await tx.orm
+    .select()
+    .from(executions)
+    .where(and(eq(executions.id, id), eq(executions.taskId, task.id), eq(executions.agentId, agent.id)))
+    .for('update');
+  if (run && run.trigger !== 'activity') {
     throw conflict(`The execution ${id} was claimed: report on it by /executions/${id}/complete with its lease_token.`);
   }
-  if (run.agentId !== agent.id || run.status !== 'running') {
-    throw conflict(`The execution ${id} is not under way with the agent ${agent.id}: leave execution_id out.`);
+  // The same for runs of others and for none, so nobody learns which exist.
+  if (run?.status !== 'running') {
+    throw conflict(
+      `The agent ${agent.id} is at no execution ${id} of the task ${task.id}: leave execution_id out to report a new one.`,
+    );
   }
   return run;
 }

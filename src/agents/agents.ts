@@ -195,7 +195,8 @@ export async function heartbeatAgent(
   id: number,
   status: Agent['status'] | undefined,
 ): Promise<Agent> {
-  const before = await requireAgent(tx, actor, id);
+  // As locked, or it could be marked offline in between, and nobody would be told that it is back.
+  const before = await lockAgent(tx, actor, id);
   const [after] = await tx.orm
     .update(agents)
     .set({

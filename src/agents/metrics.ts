@@ -6,6 +6,9 @@ import { EXECUTION_CAUSES } from '../db/schema.ts';
 //
 // Durations are counted on a logarithmic scale: place b holds those from 1.1^b to 1.1^(b+1) ms. A percentile is the middle
 // of the place that it falls into, which is off by 5 % at the most.
+//
+// A span of time is the hours that it touches: a run that ended within it always counts, and one that ended up to an hour
+// before it may.
 
 const BASE = 1.1;
 
@@ -20,8 +23,8 @@ const METRICS = {
   name: 'agent-metrics',
   text: `
     with counted as (
-      select outcome, duration_bucket, runs, duration_ms_sum, hour > now() - interval '24 hours' as today
-      from agent_stats_hourly where agent_id = $1 and hour > now() - $2::int * interval '1 hour'
+      select outcome, duration_bucket, runs, duration_ms_sum
+      from agent_stats_hourly where agent_id = $1 and hour > now() - ($2::int + 1) * interval '1 hour'
     ), timed as (
       select duration_bucket, sum(sum(runs)) over (order by duration_bucket) as up_to, sum(sum(runs)) over () as all_runs
       from counted where outcome in ('success', 'agent_failed') group by duration_bucket
@@ -34,7 +37,7 @@ const METRICS = {
       (select min(duration_bucket) from timed where up_to >= 0.5 * all_runs) as p50,
       (select min(duration_bucket) from timed where up_to >= 0.95 * all_runs) as p95,
       (select coalesce(sum(runs), 0)::int from agent_stats_hourly
-        where agent_id = $1 and hour > now() - interval '24 hours') as last_day`,
+        where agent_id = $1 and hour > now() - interval '25 hours') as last_day`,
 };
 
 export interface AgentMetrics {
@@ -49,11 +52,11 @@ export interface AgentMetrics {
   averageMs: number | null;
   p50Ms: number | null;
   p95Ms: number | null;
-  /** Counted by whole hours. */
+  /** Of all that ended, in the hours that the last 24 hours touch. */
   runsLastDay: number;
 }
 
-/** The metrics of an agent over the last `hours`, the hour under way included. */
+/** The metrics of an agent over the hours that the last `hours` hours touch. */
 export async function agentMetrics(q: Queryable, agentId: number, hours: number): Promise<AgentMetrics> {
   const { rows } = await q.query<{
     outcomes: Record<string, number>;

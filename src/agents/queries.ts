@@ -15,12 +15,14 @@ export async function getVisibleAgent(q: Queryable, actor: Actor, id: number): P
 const SORT_KEYS: Record<(typeof AGENT_SORTS)[number], SortKey> = {
   created_at: { by: sql`${agents.createdAt}`, type: 'timestamptz' },
   name: { by: sql`${agents.name}`, type: 'text' },
+  // It moves as agents are heard of: one that is heard of between two pages may be on both or on neither.
+  last_active_at: { by: sql`${agents.lastActiveAt}`, type: 'timestamptz' },
 };
 
 /** A page of the agents that the caller may see: its own and the shared ones, all for admins. */
 export async function listAgents(q: Queryable, actor: Actor, query: AgentQuery): Promise<Page<Agent>> {
   const { limit, offset, cursor, total, sort_by = 'created_at', ...filters } = query;
-  const order = query.sort_order ?? (sort_by === 'created_at' ? 'desc' : 'asc');
+  const order = query.sort_order ?? (sort_by === 'name' ? 'asc' : 'desc');
   const { type, status, shared, capabilities, match = 'any' } = filters;
   const own = ownedBy(actor, agents.userId);
   return paginate({

@@ -44,7 +44,7 @@ export const updateAgentBody = z
   .meta({ examples: [{ capabilities: ['typescript', 'sql'], max_concurrency: 4 }] });
 
 /** What agents can be sorted by. */
-export const AGENT_SORTS = ['created_at', 'name'] as const;
+export const AGENT_SORTS = ['created_at', 'name', 'last_active_at'] as const;
 
 export const agentQuery = z.strictObject({
   ...pageQuery({ max: 1_000, default: 100 }),
@@ -73,7 +73,9 @@ export const agentDetailQuery = z.strictObject({
   window_hours: integerText(1, 8_760)
     .optional()
     .transform((hours) => hours ?? 720)
-    .meta({ description: 'How far back the metrics reach; 720 (30 days) unless given.' }),
+    .meta({
+      description: 'How far back the metrics reach, to the start of the hour; 720 (30 days) unless given.',
+    }),
 });
 
 export const activityBody = z

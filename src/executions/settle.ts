@@ -50,7 +50,7 @@ const SETTLE = {
 
 /** Settles everything that follows from the end of `run`; `task` and `agent` are as locked, and brought up to date. */
 export async function settleEnd(tx: Tx, task: Task, agent: Agent | undefined, run: Execution): Promise<void> {
-  const retry = retries(task, run) ? await queueRetry(tx, task, run) : undefined;
+  const retry = retries(task, run) ? await queueRetry(tx, task, agent, run) : undefined;
   const events = await settle(tx, task, agent, run);
   if (retry) {
     events.push(
@@ -148,7 +148,12 @@ function retries(task: Task, run: Execution): boolean {
   );
 }
 
-async function queueRetry(tx: Tx, task: Task, run: Execution): Promise<Execution | undefined> {
+async function queueRetry(
+  tx: Tx,
+  task: Task,
+  agent: Agent | undefined,
+  run: Execution,
+): Promise<Execution | undefined> {
   // A lost lease says nothing against the work: it is offered again at once. What failed waits its backoff.
   const delayMs = run.cause === 'lease_lost' ? 0 : retryDelayMs(run.attempt, task.retryBackoffSeconds, Math.random);
   const [retry] = await tx.orm
@@ -165,7 +170,8 @@ async function queueRetry(tx: Tx, task: Task, run: Execution): Promise<Execution
       params: run.params,
       priority: run.priority,
       timeoutSeconds: run.timeoutSeconds,
-      pinnedAgentId: run.pinnedAgentId,
+      // Pinned to an agent that was removed since, it would wait for ever: the task's pin of now holds.
+      pinnedAgentId: agent?.deletedAt != null && run.pinnedAgentId === agent.id ? task.agentId : run.pinnedAgentId,
       requiredCapabilities: run.requiredCapabilities,
       availableAt: sql`now() + ${delayMs} * interval '1 millisecond'`,
     })

@@ -28,6 +28,28 @@ async function eventsOf(agentId: number): Promise<{ action: string; status: stri
   return rows.map(({ data }) => JSON.parse(data));
 }
 
+/** Makes a call that needs an agent's row while `statement` holds it, and lets it go once the call waits for it. */
+async function whileHeld(statement: string, id: number, call: () => ReturnType<typeof user.call>) {
+  return server.db.transaction(async (tx) => {
+    await tx.query({ text: statement, values: [id] });
+    const answer = call();
+    await until(
+      () =>
+        server.db.pool.query(
+          `select 1 from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'`,
+        ),
+      ({ rows }) => rows.length > 0,
+    );
+    return { answer };
+  });
+}
+
+/** A long poll that has found its agent, so that what is done to the agent next happens to a poll under way. */
+const startPoll = (id: number) =>
+  whileHeld('select from agents where id = $1 for no key update', id, () =>
+    user.call('POST', `/agents/${id}/claim`, { wait_ms: 30_000 }),
+  );
+
 describe('the registry', () => {
   test('lists by type, status and capabilities, and the total agrees with the page', async () => {
     await register({ name: 'a', type: 'coder', capabilities: ['ts', 'sql'] });
@@ -60,6 +82,8 @@ describe('the registry', () => {
       ['sort_by=name', ['a', 'b', 'c']],
       ['sort_by=name&sort_order=desc', ['c', 'b', 'a']],
       ['sort_by=created_at', ['a', 'c', 'b']],
+      ['sort_by=last_active_at', ['a', 'c', 'b']],
+      ['sort_by=last_active_at&sort_order=asc', ['b', 'c', 'a']],
     ] as const) {
       const seen: string[] = [];
       let cursor = '';
@@ -140,14 +164,33 @@ describe('the registry', () => {
     expect((await complete(user.call, run)).status).toBe(200);
     expect((await eventsOf(agent.id)).map(({ action }) => action)).toContain('deleted');
   });
+
+  test('ends the polls of an agent that is removed', async () => {
+    const agent = await makeAgent(user.call);
+    const poll = await startPoll(agent.id);
+    expect((await user.call('DELETE', `/agents/${agent.id}`)).status).toBe(204);
+    expect(await poll.answer).toMatchObject({ status: 200, body: { draining: true, executions: [] } });
+  });
+
+  test('offers what a removed agent failed at to others, though it was pinned to it', async () => {
+    const [gone, other] = [await makeAgent(user.call), await makeAgent(user.call)];
+    const skill = unique('skill');
+    const task = await makeTask(user.call, { agent_id: gone.id, skill_name: skill, retry_backoff_seconds: 1 });
+    await user.call('POST', `/tasks/${task.id}/run`);
+    const run = await gone.claimOne([skill]);
+    await user.call('PUT', `/tasks/${task.id}`, { agent_id: null });
+    expect((await user.call('DELETE', `/agents/${gone.id}`)).status).toBe(204);
+    expect((await complete(user.call, run, { status: 'failed' })).status).toBe(200);
+    expect(await other.claimOne([skill])).toMatchObject({ task_id: task.id, attempt: 2 });
+  });
 });
 
 describe('drain', () => {
   test('ends waiting polls, gives nothing more, and ends itself when resumed', async () => {
     const agent = await makeAgent(user.call);
-    const waiting = user.call('POST', `/agents/${agent.id}/claim`, { wait_ms: 30_000 });
+    const poll = await startPoll(agent.id);
     expect((await user.call('POST', `/agents/${agent.id}/drain`)).body).toMatchObject({ draining: true });
-    expect((await waiting).body).toEqual({ draining: true, executions: [] });
+    expect((await poll.answer).body).toEqual({ draining: true, executions: [] });
     const task = await makeTask(user.call);
     await user.call('POST', `/tasks/${task.id}/run`);
     expect(await agent.claim()).toEqual([]);
@@ -203,6 +246,15 @@ test('an agent that falls silent goes offline, and comes back with a heartbeat, 
     ['offline', 'offline'],
     ['heartbeat', 'idle'],
   ]);
+});
+
+test('a heartbeat that meets the mark of being offline tells that the agent is back', async () => {
+  const { id } = await register({});
+  const beat = await whileHeld(`update agents set status = 'offline' where id = $1`, id, () =>
+    user.call('POST', `/agents/${id}/heartbeat`),
+  );
+  expect((await beat.answer).body.status).toBe('idle');
+  expect((await eventsOf(id)).map(({ action }) => action)).toEqual(['registered', 'heartbeat']);
 });
 
 describe('metrics', () => {
@@ -278,6 +330,17 @@ describe('metrics', () => {
     expect(await get(`/agents/${agent.id}?window_hours=48`)).toMatchObject({ success_rate: null, runs_last_24h: 0 });
     expect(await get(`/agents/${agent.id}?window_hours=96`)).toMatchObject({ success_rate: 1, runs_last_24h: 0 });
     expect((await user.call('GET', `/agents/${agent.id}?window_hours=0`)).status).toBe(400);
+    // A minute's slack, for the turn of an hour between the two calls.
+    const move = (hours: number) =>
+      server.db.query({
+        text: `update agent_stats_hourly set hour = date_trunc('hour', now() - $2 * interval '1 hour' + interval '1 minute', 'UTC')
+          where agent_id = $1`,
+        values: [agent.id, hours],
+      });
+    await move(1);
+    expect(await get(`/agents/${agent.id}?window_hours=1`)).toMatchObject({ success_rate: 1, runs_last_24h: 40 });
+    await move(24);
+    expect(await get(`/agents/${agent.id}?window_hours=22`)).toMatchObject({ success_rate: null, runs_last_24h: 40 });
   });
 
   test('the interval of Wilson, by known values', () => {
@@ -332,6 +395,28 @@ describe('POST /agents/activity', () => {
     expect((await get(`/executions?task_id=${task.id}`)).total).toBe(2);
   });
 
+  test('shows that an agent is back that had been offline', async () => {
+    const [agent, task] = [await makeAgent(user.call), await makeTask(user.call)];
+    const ids = { agent_id: agent.id, task_id: task.id };
+    const leave = () => user.call('POST', `/agents/${agent.id}/heartbeat`, { status: 'offline' });
+    await leave();
+    await report({ ...ids, status: 'success' });
+    expect((await get(`/agents/${agent.id}`)).status).toBe('idle');
+    const { body } = await report({ ...ids, status: 'running' });
+    await leave();
+    await report({ ...ids, status: 'running', execution_id: body.execution_id });
+    expect((await get(`/agents/${agent.id}`)).status).toBe('busy');
+    expect((await eventsOf(agent.id)).map(({ action, status }) => [action, status])).toEqual([
+      ['registered', 'idle'],
+      ['heartbeat', 'offline'],
+      ['heartbeat', 'idle'],
+      ['success', 'idle'],
+      ['running', 'busy'],
+      ['heartbeat', 'offline'],
+      ['heartbeat', 'busy'],
+    ]);
+  });
+
   test('a run that nobody ends is ended by its task’s timeout', async () => {
     const [agent, task] = [await makeAgent(user.call), await makeTask(user.call, { timeout_seconds: 1 })];
     const { body } = await report({ agent_id: agent.id, task_id: task.id, status: 'running' });
@@ -353,7 +438,6 @@ describe('POST /agents/activity', () => {
       [{ agent_id: 99_999_999 }, 'body.agent_id'],
       [{ task_id: theirTask.id }, 'body.task_id'],
       [{ task_id: 99_999_999 }, 'body.task_id'],
-      [{ execution_id: 99_999_999 }, 'body.execution_id'],
       [{ status: 'cancelled' }, 'body.status'],
       [{ duration_ms: -1 }, 'body.duration_ms'],
     ] as const) {
@@ -365,6 +449,25 @@ describe('POST /agents/activity', () => {
     const leased = await report({ ...good, execution_id: run.execution_id });
     expect(leased).toMatchObject({ status: 409, body: { detail: expect.stringMatching(/lease_token/) } });
     expect((await complete(user.call, run)).status).toBe(200);
+
+    const theirs = await stranger.call('POST', '/agents/activity', {
+      agent_id: theirAgent.id,
+      task_id: theirTask.id,
+      status: 'running',
+    });
+    const own = await report({ ...good, status: 'running' });
+    const [otherAgent, otherTask] = [await makeAgent(user.call), await makeTask(user.call)];
+    for (const fields of [
+      { execution_id: 99_999_999 },
+      { execution_id: theirs.body.execution_id },
+      { execution_id: own.body.execution_id, agent_id: otherAgent.id },
+      { execution_id: own.body.execution_id, task_id: otherTask.id },
+    ]) {
+      const { status, body } = await report({ ...good, ...fields });
+      expect(status).toBe(409);
+      expect(body.detail).toMatch(/is at no execution/);
+    }
+    expect((await get(`/executions/${own.body.execution_id}`)).status).toBe('running');
   });
 
   test('does not say that it was broadcast when it was not', async () => {
