@@ -1,5 +1,6 @@
 import { request } from 'node:http';
 import { connect } from 'node:net';
+import { gzipSync } from 'node:zlib';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { type Answer, startServer, type TestServer } from '../support/server.ts';
 import { unique, until } from '../support/work.ts';
@@ -96,6 +97,19 @@ describe('problems', () => {
     ]) {
       isProblem(await post('/tasks', '{"skill_name":"x"}', { 'content-type': type }), 415, 'unsupported-media-type');
     }
+    // A body that is small as it comes and large as it is meant.
+    const bomb = gzipSync(JSON.stringify({ skill_name: 'x', params: { a: 'x'.repeat(10_000_000) } }));
+    const zipped = await fetch(`${server.url}/api/v1/tasks`, {
+      method: 'POST',
+      headers: {
+        authorization: `Bearer ${server.adminKey}`,
+        'content-type': 'application/json',
+        'content-encoding': 'gzip',
+      },
+      body: bomb,
+    });
+    expect(zipped.status).toBe(415);
+    expect(zipped.headers.get('accept-encoding')).toBe('identity');
     isProblem(
       await post('/tasks', JSON.stringify({ skill_name: 'x', params: { a: 'x'.repeat(1_100_000) } })),
       413,
