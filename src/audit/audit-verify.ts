@@ -1,16 +1,19 @@
-import { createReadStream } from 'node:fs';
+import { createReadStream, existsSync } from 'node:fs';
 import { readFile, writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import { parseArgs } from 'node:util';
 import { z } from 'zod';
 import { readConfig } from '../config.ts';
 import { createDatabase, sqlState } from '../db/database.ts';
+import { startEmbeddedPostgres } from '../platform/embedded-postgres.ts';
 import { createLogger } from '../platform/logger.ts';
-import { createPool } from '../platform/postgres.ts';
+import { createClient, createPool } from '../platform/postgres.ts';
 import { StartupError } from '../platform/startup-error.ts';
 import { type Heads, type Report, verifyDatabase, verifyExport } from './verify.ts';
 
 // npm run audit:verify -- [--file export.ndjson [--partial]] [--heads heads.json] [--save-heads heads.json]
+// Looks at the database of DATABASE_URL, or at the embedded one in DATA_DIR, whether a server runs on it or not.
 // Exit code 0: the log is whole. 1: it is not, and the first bad place of each chain is named. 2: it could not be looked at.
 
 const USAGE =
@@ -34,7 +37,7 @@ async function main(): Promise<number> {
     console.log(`BAD${entryId === null ? '' : ` entry ${entryId}`}${place}: ${what}.`);
   }
   const chains = Object.keys(report.heads).length;
-  console.log(`${report.entries} entries in ${chains} chains; ${report.waiting} wait for their place.`);
+  console.log(`Entries: ${report.entries}, in chains: ${chains}, waiting for their place: ${report.waiting}.`);
   if (options['save-heads'] !== undefined && report.faults.length === 0) {
     await writeFile(options['save-heads'], `${JSON.stringify(report.heads, null, 2)}\n`);
   }
@@ -43,14 +46,45 @@ async function main(): Promise<number> {
 }
 
 async function verifyConfigured(known: Heads): Promise<Report> {
-  const config = readConfig();
-  if (config.DATABASE_URL === undefined) {
+  const { DATABASE_URL: url, DATA_DIR: dataDir } = readConfig();
+  if (url !== undefined) return verifyAt(url, known);
+  const pgdata = join(dataDir, 'postgres');
+  if (!existsSync(join(pgdata, 'PG_VERSION'))) {
     throw new StartupError(
-      `DATABASE_URL is not set. Of the embedded database, verify an export: GET /api/v1/audit?format=ndjson as an admin, then --file. ${USAGE}`,
+      `DATABASE_URL is not set, and ${dataDir} holds no embedded database: set DATABASE_URL or DATA_DIR. ${USAGE}`,
     );
   }
+  const running = await embeddedUrl(pgdata);
+  if (running !== undefined) return verifyAt(running, known);
+  const postgres = await startEmbeddedPostgres({ dataDir });
+  try {
+    return await verifyAt(postgres.url, known);
+  } finally {
+    await postgres.stop();
+  }
+}
+
+/** Where the Postgres of a running server listens, by what it wrote to postmaster.pid; undefined when none answers. */
+async function embeddedUrl(pgdata: string): Promise<string | undefined> {
+  const [, , , port, folder] = (await readFile(join(pgdata, 'postmaster.pid'), 'utf8').catch(() => '')).split('\n');
+  if (port === undefined || folder === undefined) return undefined;
+  const socket = encodeURIComponent(folder === '.' ? pgdata : folder);
+  const url = `postgres://muster@${socket}:${port}/muster?sslmode=disable`;
+  const client = createClient({ url, name: 'muster-audit', queryTimeoutMs: 5_000 });
+  client.on('error', () => {}); // The call under way rejects with the same error.
+  try {
+    await client.connect();
+    return url;
+  } catch {
+    return undefined;
+  } finally {
+    await client.end().catch(() => {});
+  }
+}
+
+async function verifyAt(url: string, known: Heads): Promise<Report> {
   const logger = createLogger('warn', false);
-  const pool = createPool({ url: config.DATABASE_URL, size: 2, name: 'muster-audit', logger });
+  const pool = createPool({ url, size: 2, name: 'muster-audit', logger });
   const bus = { ring() {}, on: () => () => {}, connected: () => true, close: async () => {} };
   try {
     return await verifyDatabase(createDatabase(pool, bus), known);
@@ -86,7 +120,7 @@ function readArguments() {
 function sentence(error: unknown): string {
   if (error instanceof StartupError) return error.message;
   const state = sqlState(error);
-  if (state !== undefined) return `Postgres at DATABASE_URL refuses (SQLSTATE ${state}): see its log.`;
+  if (state !== undefined) return `Postgres refuses (SQLSTATE ${state}): see its log.`;
   return `The audit log could not be read: ${error instanceof Error ? error.message : String(error)}`;
 }
 

@@ -33,6 +33,14 @@ const HASHED = [
   'created_at',
 ] as const satisfies (keyof ChainedEntry)[];
 
+/**
+ * A time of Postgres as it is hashed: RFC 3339 in UTC with milliseconds. One that no entry is written with, such as infinity,
+ * has a text all the same, by which the entry is found to be changed.
+ */
+export function hashedTime(time: Date | number): string {
+  return time instanceof Date && !Number.isNaN(time.getTime()) ? time.toISOString() : String(time);
+}
+
 /** The hash of an entry in its chain: SHA-256, in hex, over the hash before it and the entry as canonical JSON. */
 export function chainHash(prevHash: string, entry: ChainedEntry): string {
   const hashed = Object.fromEntries(HASHED.map((field) => [field, entry[field]]));

@@ -23,10 +23,22 @@ const WRITE = {
     insert into audit_pending (audit_id) select id from written`,
 };
 
+/** What entries are about. Complete: a search by id alone goes through them (queries.ts). */
+export const ENTITY_TYPES = [
+  'task',
+  'project',
+  'agent',
+  'execution',
+  'user',
+  'session',
+  'login',
+  'api_key',
+] as const satisfies string[];
+
 /** What an entry of the audit log says of one change. */
 export interface AuditEntry {
   operation: (typeof AUDIT_OPERATIONS)[number];
-  entityType: string;
+  entityType: (typeof ENTITY_TYPES)[number];
   entityId: number;
   /** Who may read it besides admins; null when the thing is nobody's. */
   ownerId: number | null;

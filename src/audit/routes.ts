@@ -25,7 +25,7 @@ export function auditRoutes(app: App, { db }: Deps): void {
         const { rows, ...page } = await listAudit(db, actor, query);
         return { entries: rows.map(auditView), ...page };
       }
-      for (const name of ['offset', 'cursor', 'sort_order'] as const) {
+      for (const name of ['limit', 'offset', 'cursor', 'sort_order'] as const) {
         if (query[name] !== undefined)
           throw invalid(`query.${name}`, 'does not go with format=ndjson, which sends all');
       }

@@ -1,7 +1,7 @@
 import { z } from 'zod';
 import { AUDIT_OPERATIONS } from '../db/schema.ts';
 import { pageAnswer, pageQuery } from '../http/pagination.ts';
-import { id, idText, instant, time, toTime } from '../http/validation.ts';
+import { id, idText, instant, integerText, time, toTime } from '../http/validation.ts';
 import type { AuditRow } from './queries.ts';
 
 const filters = {
@@ -21,6 +21,8 @@ const filters = {
 
 export const auditQuery = z.strictObject({
   ...pageQuery(),
+  // Without its default, which would look like a limit that was asked for.
+  limit: integerText(1, 100).optional(),
   ...filters,
   format: z.enum(['json', 'ndjson'], { error: 'must be json or ndjson' }).optional().meta({
     description: 'ndjson: every entry, oldest first, one JSON object a line; without limit, offset and cursor.',

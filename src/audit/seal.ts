@@ -3,7 +3,7 @@ import { isDatabaseAway } from '../http/problem.ts';
 import { LOCKS } from '../platform/locks.ts';
 import type { Logger } from '../platform/logger.ts';
 import { startLoop } from '../platform/loop.ts';
-import { type ChainedEntry, chainHash, FIRST_HASH } from './chain.ts';
+import { type ChainedEntry, chainHash, FIRST_HASH, hashedTime } from './chain.ts';
 
 // How the audit log becomes tamper-evident.
 //
@@ -14,8 +14,10 @@ import { type ChainedEntry, chainHash, FIRST_HASH } from './chain.ts';
 // Places are given after the commit and not in the transaction of the change: a chain has one end, and to hold it until the
 // commit would make all changes of an owner wait for each other, and for the rows that they hold besides. So an entry is
 // written together with a row in audit_pending, and the sealer takes those in the order of their ids, appends them to their
-// chains, and deletes the pending rows, in one transaction. What is between an entry and its seal is a second at the most;
-// a removed entry whose pending row is left is found by the sealer, one whose pending row went with it is not.
+// chains, and deletes the pending rows, in one transaction. What is between an entry and its seal is a second at the most.
+// An entry that was removed in that time leaves its pending row: it gets a place in the chain of owner 0, where the verifier
+// finds it gone. One whose pending row went with it is not missed by anybody. A pending row of an entry that has its place
+// already is nobody's but a forger's, and only deleted: the sealer must not stand still for it.
 //
 // The invariant: one sealer at a time, by LOCKS.auditSeal, which its transaction holds to its end. Any number of processes
 // try; whoever does not get the lock has nothing to do. A crash in the middle rolls everything back.
@@ -30,11 +32,11 @@ const LOCK = {
   values: [...LOCKS.auditSeal],
 };
 
-/** Entries that wait, oldest first. One that is gone from the log has nothing but its pending row. */
+/** Entries that wait, oldest first. One that is gone from the log has nothing but its pending row (`id` is null). */
 const PENDING = {
   name: 'audit-seal-pending',
   text: `
-    select p.audit_id, l.id, l.user_id, l.owner_id, l.operation, l.entity_type, l.entity_id, l.changed_fields, l.ip_address,
+    select p.audit_id, exists (select from audit_chain c where c.audit_id = p.audit_id) as placed, l.id, l.user_id, l.owner_id, l.operation, l.entity_type, l.entity_id, l.changed_fields, l.ip_address,
       l.user_agent, l.request_id, l.created_at
     from (select audit_id from audit_pending order by audit_id limit ${BATCH}) p left join audit_log l on l.id = p.audit_id
     order by p.audit_id`,
@@ -59,11 +61,11 @@ const APPEND = {
     delete from audit_pending where audit_id = any($2::bigint[])`,
 };
 
-type PendingRow = { audit_id: number; id: number | null } & Omit<ChainedEntry, 'id' | 'created_at'> & {
-    created_at: Date;
+type PendingRow = { audit_id: number; placed: boolean; id: number | null } & Omit<ChainedEntry, 'id' | 'created_at'> & {
+    created_at: Date | number;
   };
 
-/** Gives a batch of entries their places; answers how many waited, and missing entries' ids. */
+/** Gives a batch of entries their places; answers how many waited, and the ids of those that are gone from the log. */
 export async function sealEntries(db: Database): Promise<{ sealed: number; missing: number[] }> {
   return db.transaction(async (tx) => {
     const lock = await tx.query<{ mine: boolean }>(LOCK);
@@ -74,16 +76,14 @@ export async function sealEntries(db: Database): Promise<{ sealed: number; missi
     const heads = await tx.query<{ owner_id: number; seq: number; hash: string }>({ ...HEADS, values: [owners] });
     const ends = new Map(heads.rows.map(({ owner_id, seq, hash }) => [owner_id, { seq, hash }]));
     const missing: number[] = [];
-    const places = rows.flatMap(({ audit_id, id, created_at, ...entry }) => {
-      if (id === null) {
-        missing.push(audit_id);
-        return [];
-      }
+    const places = rows.flatMap(({ audit_id, placed, id, created_at, ...entry }) => {
+      if (placed) return [];
+      if (id === null) missing.push(audit_id);
       const owner = entry.owner_id ?? 0;
       const { seq, hash: prevHash } = ends.get(owner) ?? { seq: 0, hash: FIRST_HASH };
-      const hash = chainHash(prevHash, { id, ...entry, created_at: created_at.toISOString() });
+      const hash = chainHash(prevHash, { id: audit_id, ...entry, created_at: hashedTime(created_at) });
       ends.set(owner, { seq: seq + 1, hash });
-      return [{ owner_id: owner, seq: seq + 1, audit_id: id, hash, prev_hash: prevHash }];
+      return [{ owner_id: owner, seq: seq + 1, audit_id, hash, prev_hash: prevHash }];
     });
     await tx.query({ ...APPEND, values: [JSON.stringify(places), rows.map(({ audit_id }) => audit_id)] });
     return { sealed: rows.length, missing };

@@ -1,5 +1,5 @@
 import { randomUUID } from 'node:crypto';
-import { and, eq, isNull, sql } from 'drizzle-orm';
+import { and, asc, eq, isNull, sql } from 'drizzle-orm';
 import { recordAudit } from '../audit/record.ts';
 import type { Tx } from '../db/database.ts';
 import { refreshTokens, users } from '../db/schema.ts';
@@ -107,7 +107,7 @@ export async function rotateSession(
       {
         operation: 'UPDATE',
         entityType: 'session',
-        entityId: row.id,
+        entityId: await sessionId(tx, row.familyId),
         ownerId: row.userId,
         changedFields: { revoked: { old: null, new: 'a spent refresh token was used again' } },
       },
@@ -124,7 +124,7 @@ export async function rotateSession(
 export async function endSession(tx: Tx, visitor: Visitor, token: string): Promise<void> {
   if (!(await lockUserOf(tx, token))) return;
   const [row] = await tx.orm
-    .select({ id: refreshTokens.id, userId: refreshTokens.userId, familyId: refreshTokens.familyId })
+    .select({ userId: refreshTokens.userId, familyId: refreshTokens.familyId })
     .from(refreshTokens)
     .where(eq(refreshTokens.tokenHash, hashSecret(token)));
   if (!row || !(await revokeFamily(tx, row.familyId))) return;
@@ -134,7 +134,7 @@ export async function endSession(tx: Tx, visitor: Visitor, token: string): Promi
     {
       operation: 'DELETE',
       entityType: 'session',
-      entityId: row.id,
+      entityId: await sessionId(tx, row.familyId),
       ownerId: row.userId,
       changedFields: { family: { old: row.familyId, new: null } },
     },
@@ -155,6 +155,18 @@ async function lockUserOf(tx: Tx, token: string): Promise<{ disabledAt: Date | n
     .where(eq(users.id, found.userId))
     .for('no key update');
   return user;
+}
+
+/** What the audit log knows a session by: the id of its first token, under which its start was noted. */
+async function sessionId(tx: Tx, familyId: string): Promise<number> {
+  const [row] = await tx.orm
+    .select({ id: refreshTokens.id })
+    .from(refreshTokens)
+    .where(eq(refreshTokens.familyId, familyId))
+    .orderBy(asc(refreshTokens.id))
+    .limit(1);
+  if (!row) throw new Error('The session has no tokens.');
+  return row.id;
 }
 
 /** Ends a family; false when it had ended. */
