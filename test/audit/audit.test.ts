@@ -7,6 +7,7 @@ import { promisify } from 'node:util';
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import { canonicalJson } from '../../src/audit/chain.ts';
 import { verifyDatabase, verifyExport } from '../../src/audit/verify.ts';
+import { endPrograms, newFolder, processesIn, removeFolder, startServerProcess } from '../support/processes.ts';
 import { startServer, type TestServer } from '../support/server.ts';
 import { makeAgent, makeTask, until } from '../support/work.ts';
 
@@ -332,6 +333,22 @@ describe('the chain', () => {
     const forged = lines.map((line, i) => (i === 3 ? line.replace('CREATE', 'DELETE') : line));
     expect(await verify(forged, true)).toMatchObject([{ seq: 4, what: expect.stringMatching(/changed/) }]);
     await expect(verify(['not json'])).rejects.toThrow(/line 1/);
+    expect(await verify([...lines, lines[3] ?? ''], true)).toMatchObject([
+      { seq: 4, what: expect.stringMatching(/twice/) },
+    ]);
+    const { heads } = await verifyExport(each(lines), {}, { partial: false });
+    const short = (partial: boolean) => verifyExport(each(lines.slice(0, -1)), heads, { partial });
+    expect((await short(false)).faults).toMatchObject([{ ownerId: user.id, what: expect.stringMatching(/cut off/) }]);
+    expect((await short(true)).faults).toEqual([]);
+    const put = JSON.stringify({
+      ...JSON.parse(lines[3] ?? ''),
+      id: 1,
+      seq: null,
+      created_at: '2020-01-01T00:00:00.000Z',
+    });
+    expect(await verify([...lines, put])).toMatchObject([
+      { entryId: 1, what: expect.stringMatching(/put in by hand/) },
+    ]);
   });
 });
 
@@ -369,8 +386,29 @@ describe('npm run audit:verify', () => {
       });
       expect(await verify(['--nonsense'], env)).toMatchObject({ code: 2, stderr: expect.stringMatching(/Usage/) });
       expect(await verify([], {})).toMatchObject({ code: 2, stderr: expect.stringMatching(/DATABASE_URL is not set/) });
+      expect(await verify(['--file', join(folder, 'none')], {})).toMatchObject({
+        code: 2,
+        stderr: expect.stringMatching(/^The audit log could not be read: ENOENT.*\n$/),
+      });
     } finally {
       await rm(folder, { recursive: true, force: true });
+    }
+  });
+
+  test('looks at the embedded database, beside its server and without it', async () => {
+    const folder = await newFolder();
+    try {
+      const server = await startServerProcess({ folder });
+      const env = { DATA_DIR: join(folder, '.muster') };
+      const whole = { code: 0, stdout: expect.stringMatching(/^Entries: [1-9].*\nThe audit log is whole\.\n$/) };
+      expect(await verify([], env)).toMatchObject(whole);
+      server.child.kill('SIGTERM');
+      expect(await server.exited).toBe(0);
+      expect(await verify([], env)).toMatchObject(whole);
+      expect(await processesIn(folder)).toEqual([]);
+    } finally {
+      await endPrograms();
+      await removeFolder(folder);
     }
   });
 });
