@@ -11,6 +11,7 @@ import { healthRoutes } from './health/routes.ts';
 import { requireAccessRules } from './http/access.ts';
 import type { App, Deps } from './http/app.ts';
 import { authenticate } from './http/authenticate.ts';
+import { compressAnswers } from './http/compression.ts';
 import { createDrain, type Drain } from './http/drain.ts';
 import { handleClientError, handleErrors, handleFrameworkError } from './http/error-handler.ts';
 import { describeApi } from './http/openapi.ts';
@@ -77,6 +78,7 @@ export async function buildServer(
     ],
     maxAge: 600,
   });
+  await compressAnswers(app, { except: /^\/api\/v1\/auth\// });
   const limits = await rateLimits(app, config);
   const { verify, tokens } = await credentials(app, deps, deps.jwtSecret);
   authenticate(app, verify, limits);
