@@ -23,7 +23,10 @@ import { type ChainedEntry, chainHash, FIRST_HASH, hashedTime } from './chain.ts
 // try; whoever does not get the lock has nothing to do. A crash in the middle rolls everything back.
 
 const BATCH = 500;
-/** Nobody waits for a seal, so nothing wakes the sealer: what one second has written is sealed at once. */
+/**
+ * Nobody waits for a seal, so nothing wakes the sealer: what one second has written is sealed together. Woken at each write
+ * instead, it costs writers a fifth: 368 POST /tasks a second for 449 (medians of eight rounds that took turns, 2 cores).
+ */
 const EVERY_MS = 1_000;
 
 const LOCK = {
