@@ -79,7 +79,7 @@ export async function buildServer(
     maxAge: 600,
   });
   await compressAnswers(app, { except: /^\/api\/v1\/auth\// });
-  const limits = await rateLimits(app, config);
+  const limits = await rateLimits(app, config, deps.redis);
   const { verify, tokens } = await credentials(app, deps, deps.jwtSecret);
   authenticate(app, verify, limits);
   await describeApi(app, version);

@@ -39,10 +39,11 @@ export function authRoutes(app: App, deps: Deps & { tokens: AccessTokens }): voi
 
   // Counted are wrong answers, per address: who guesses elsewhere cannot lock a user out.
   const wrongForEmail = limits.create({
+    name: 'wrong-for-email',
     max: WRONG_PER_EMAIL,
     key: (request) => `${addressKey(request)} ${hashSecret(String((request.body as { email?: unknown }).email))}`,
   });
-  const wrongFromAddress = limits.create({ max: WRONG_PER_ADDRESS, key: addressKey });
+  const wrongFromAddress = limits.create({ name: 'wrong-from-address', max: WRONG_PER_ADDRESS, key: addressKey });
 
   app.post(
     '/auth/register',

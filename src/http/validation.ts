@@ -98,8 +98,9 @@ export function validateWithZod(app: FastifyInstance): void {
     parseJson(request, body.toString('utf8'), done);
   });
 
-  // Compressed bodies are not taken: a small one can stand for any amount of memory (RFC 9110, 15.5.16).
-  app.addHook('onRequest', async (request) => {
+  // Compressed bodies are not taken: a small one can stand for any amount of memory (RFC 9110, 15.5.16). Told only now, after
+  // the call was counted and its credential checked, and before a byte of the body is read.
+  app.addHook('preParsing', async (request) => {
     const encoding = request.headers['content-encoding'];
     if (encoding === undefined || encoding.toLowerCase() === 'identity') return;
     throw new Problem('unsupported-media-type', 'Send the body as it is, without Content-Encoding.', {
