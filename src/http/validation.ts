@@ -115,8 +115,14 @@ export function validateWithZod(app: FastifyInstance): void {
 
   app.addHook('preValidation', async (request) => {
     guard(request);
+    // A route that declares no body refuses every field of one. Not by a schema, which would tell of a body in the document.
+    if (request.body === undefined || request.is404 || request.routeOptions.schema?.body !== undefined) return;
+    const parsed = noBody.safeParse(request.body);
+    if (!parsed.success) throw validationProblem(parsed.error, 'body');
   });
 }
+
+const noBody = z.strictObject({});
 
 function validationProblem(error: z.ZodError, part: string): Problem {
   const place = part === 'querystring' ? 'query' : part === 'params' ? 'path' : part;
