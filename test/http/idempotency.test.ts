@@ -51,6 +51,7 @@ describe('a call with an Idempotency-Key', () => {
       ['/projects', { name: 'once' }],
       ['/agents', { name: unique('agent') }],
       ['/agents/activity', { agent_id: agent.id, task_id: task.id, status: 'success' }],
+      ['/tasks/bulk', { action: 'pause', ids: [task.id] }],
     ] as const) {
       const key = randomUUID();
       const first = await send(key, path, body);
@@ -117,6 +118,63 @@ describe('a call with an Idempotency-Key', () => {
     const answer = await user.call('POST', '/tasks', { skill_name: 'x' }, headers);
     expect(answer.status).toBe(400);
     expect(answer.body.errors[0].path).toBe('headers.idempotency-key');
+  });
+
+  test.each(['x'.repeat(255), '!', '~', `';drop/**/table/**/tasks;--$1\\"{}%00\\u0000`, '__proto__', 'null'])(
+    'may have any key of visible ASCII: %j',
+    async (key) => {
+      const skill = unique('skill');
+      const first = await send(key, '/tasks', { skill_name: skill });
+      const second = await send(key, '/tasks', { skill_name: skill });
+      expect(first.status).toBe(201);
+      expect(second).toMatchObject({ status: 201, body: first.body });
+      expect(second.headers.get('idempotency-replayed')).toBe('true');
+    },
+  );
+
+  test('is one of its route: the same key at another route is another', async () => {
+    const key = randomUUID();
+    expect((await send(key, '/projects', { name: 'one' })).status).toBe(201);
+    const agent = await send(key, '/agents', { name: unique('agent') });
+    expect(agent.status).toBe(201);
+    expect(agent.headers.get('idempotency-replayed')).toBe(null);
+  });
+
+  test('is remembered by a server that starts after the one that answered is gone', async () => {
+    const [key, skill] = [randomUUID(), unique('skill')];
+    const before = await startServer({ databaseUrl: server.databaseUrl });
+    let first: Answer;
+    try {
+      first = await send(key, '/tasks', { skill_name: skill }, before.as(user.token));
+      expect(first.status).toBe(201);
+    } finally {
+      await before.stop();
+    }
+    const after = await startServer({ databaseUrl: server.databaseUrl });
+    try {
+      const second = await send(key, '/tasks', { skill_name: skill }, after.as(user.token));
+      expect(second).toMatchObject({ status: 201, body: first.body });
+      expect(second.headers.get('idempotency-replayed')).toBe('true');
+      expect(await tasksOf(skill)).toBe(1);
+    } finally {
+      await after.stop();
+    }
+  });
+
+  test('is offered by every route that creates or triggers, as the API document tells', async () => {
+    const { body: document } = await server.as(undefined)('GET', '//openapi.json');
+    for (const path of [
+      '/auth/api-keys',
+      '/projects',
+      '/tasks',
+      '/tasks/{id}/run',
+      '/tasks/bulk',
+      '/agents',
+      '/agents/activity',
+    ]) {
+      const parameters = document.paths[`/api/v1${path}`].post.parameters as { name: string; in: string }[];
+      expect(parameters, path).toContainEqual(expect.objectContaining({ name: 'idempotency-key', in: 'header' }));
+    }
   });
 
   test('is forgotten after a day', async () => {
