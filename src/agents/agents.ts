@@ -115,7 +115,7 @@ export async function deleteAgent(
   const { tasks = 0, runs = 0 } = rows[0] ?? {};
   if (tasks + runs > 0) {
     throw conflict(
-      `The agent ${id} is the only one that may run ${tasks} tasks and ${runs} queued runs: give the tasks another agent_id (or null) and cancel the runs first.`,
+      `The agent ${id} is the only one that may run what is pinned to it (tasks: ${tasks}, queued runs: ${runs}): give the tasks another agent_id (or null) and cancel the runs first.`,
     );
   }
   const after = await write(tx, id, { deletedAt: sql`now()`, status: 'offline' });
@@ -180,6 +180,16 @@ export async function findAgent(q: Queryable, id: number): Promise<Agent | undef
     .select()
     .from(agents)
     .where(and(eq(agents.id, id), isNull(agents.deletedAt)));
+  return agent;
+}
+
+/** The same, kept from being removed until the transaction ends: for whoever makes something depend on it. */
+export async function holdAgent(tx: Tx, id: number): Promise<Agent | undefined> {
+  const [agent] = await tx.orm
+    .select()
+    .from(agents)
+    .where(and(eq(agents.id, id), isNull(agents.deletedAt)))
+    .for('share');
   return agent;
 }
 

@@ -1,6 +1,6 @@
 import { isDeepStrictEqual } from 'node:util';
 import { eq, sql } from 'drizzle-orm';
-import { findAgent } from '../agents/agents.ts';
+import { type Agent, holdAgent } from '../agents/agents.ts';
 import type { Tx } from '../db/database.ts';
 import { PRIORITIES, tasks } from '../db/schema.ts';
 import { cancelQueuedExecutions, enqueueExecution, hasRunningExecution } from '../executions/executions.ts';
@@ -34,7 +34,7 @@ export async function createTask(tx: Tx, actor: Actor, input: CreateTask): Promi
   const schedule = { scheduleCron: input.schedule_cron, timezone: input.timezone, runAt: input.run_at ?? null };
   const now = await databaseNow(tx);
   checkSchedule(schedule, now);
-  if (input.agent_id !== null) await checkAgent(tx, actor.userId, input.agent_id);
+  if (input.agent_id !== null) checkAgent(await holdAgent(tx, input.agent_id), actor.userId, input.agent_id);
   await moveTask(tx, actor.userId, null, input.project_id);
   const [task] = await tx.orm
     .insert(tasks)
@@ -61,6 +61,8 @@ export async function updateTask(
   input: UpdateTask,
   expected: readonly number[] | undefined,
 ): Promise<Task> {
+  // Before the task: locks go agent → task (executions/lease.ts).
+  const agent = input.agent_id == null ? undefined : await holdAgent(tx, input.agent_id);
   const before = await lockTask(tx, actor, id);
   requireVersion('task', before, expected);
   const changes = differing(before, columns(input));
@@ -68,7 +70,7 @@ export async function updateTask(
 
   const wanted = { ...before, ...changes };
   await moveTask(tx, before.userId, before.projectId, wanted.projectId);
-  if (changes.agentId != null) await checkAgent(tx, before.userId, changes.agentId);
+  if (changes.agentId != null) checkAgent(agent, before.userId, changes.agentId);
   const zoneMatters = changes.timezone !== undefined && wanted.scheduleCron !== null;
   if (changes.scheduleCron !== undefined || changes.runAt !== undefined || zoneMatters) {
     const now = await databaseNow(tx);
@@ -199,8 +201,7 @@ function checkSchedule(schedule: Schedule, now: Date): void {
   }
 }
 
-async function checkAgent(tx: Tx, ownerId: number, agentId: number): Promise<void> {
-  const agent = await findAgent(tx, agentId);
+function checkAgent(agent: Agent | undefined, ownerId: number, agentId: number): void {
   if (agent && (agent.userId === ownerId || agent.shared)) return;
   // The same for agents of others and for none, so nobody learns which exist.
   throw invalid('body.agent_id', `there is no agent ${agentId} of this task's owner, nor a shared one`);

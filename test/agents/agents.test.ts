@@ -145,7 +145,7 @@ describe('the registry', () => {
     const agent = await makeAgent(user.call);
     const skill = unique('skill');
     const pinned = await makeTask(user.call, { agent_id: agent.id, skill_name: skill });
-    expect((await user.call('DELETE', `/agents/${agent.id}`)).body.detail).toMatch(/1 tasks/);
+    expect((await user.call('DELETE', `/agents/${agent.id}`)).body.detail).toMatch(/tasks: 1/);
     await user.call('POST', `/tasks/${pinned.id}/run`);
     const run = await agent.claimOne([skill]);
     await user.call('PUT', `/tasks/${pinned.id}`, { agent_id: null });
@@ -183,6 +183,20 @@ describe('the registry', () => {
     expect((await complete(user.call, run, { status: 'failed' })).status).toBe(200);
     expect(await other.claimOne([skill])).toMatchObject({ task_id: task.id, attempt: 2 });
   });
+});
+
+test('a task is never pinned to an agent that is removed at the same time', async () => {
+  for (let round = 0; round < 10; round++) {
+    const agent = await makeAgent(user.call);
+    const task = await makeTask(user.call);
+    const [made, pinned, removed] = await Promise.all([
+      user.call('POST', '/tasks', { skill_name: 'x', agent_id: agent.id }),
+      user.call('PUT', `/tasks/${task.id}`, { agent_id: agent.id }),
+      user.call('DELETE', `/agents/${agent.id}`),
+    ]);
+    if (removed.status === 204) expect([made.status, pinned.status]).toEqual([400, 400]);
+    else expect(removed.status).toBe(409);
+  }
 });
 
 describe('drain', () => {
