@@ -38,8 +38,8 @@ interface TaskRow {
 
 /** How long one slice of the work may hold the event loop. */
 const SLICE_MS = 5;
-/** How many schedules' tasks one query fetches. */
-const AHEAD = 50;
+/** How many schedules' tasks one query fetches: more each time, since few schedules may have all the tasks, or many one each. */
+const MOST_AHEAD = 64;
 
 const FIELDS = 't.id, coalesce(t.name, t.skill_name) as title, t.timezone, t.schedule_cron, t.project_id, t.skill_name';
 const MATCHES = '($2::bigint is null or t.project_id = $2) and ($3::text is null or t.skill_name = $3)';
@@ -157,8 +157,12 @@ async function recurring(
   courses.sort(bySooner);
 
   const entries: CalendarEntry[] = [];
+  let ahead = 1;
   for (let course = courses[0]; course && entries.length < most; course = courses[0]) {
-    if (!course.tasks) await fetchTasks(q, filter, courses.filter(({ tasks }) => !tasks).slice(0, AHEAD), most);
+    if (!course.tasks) {
+      await fetchTasks(q, filter, courses.filter(({ tasks }) => !tasks).slice(0, ahead), most - entries.length);
+      ahead = Math.min(2 * ahead, MOST_AHEAD);
+    }
     const { scheduledFor, note } = course.next;
     for (const task of course.tasks ?? []) entries.push(entry(task, new Date(scheduledFor), 'planned', note));
     const following = course.times.next();
