@@ -35,6 +35,10 @@ declare module 'fastify' {
   interface FastifyContextConfig {
     access?: Access;
   }
+  interface FastifyInstance {
+    /** Every route there is, with the rule that it declares, for whoever proves that it is kept. */
+    declaredRoutes: { method: string; url: string; access: Access }[];
+  }
 }
 
 /** Whether `actor` may see and change what belongs to `ownerId`. */
@@ -66,8 +70,14 @@ const PUBLIC_ROUTES_OF_PLUGINS = /^(\*|\/docs(\/.*)?)$/;
 
 /** Makes every route of `app` declare its rule: one that does not stops the start. */
 export function requireAccessRules(app: FastifyInstance): void {
+  const declared: FastifyInstance['declaredRoutes'] = [];
+  app.decorate('declaredRoutes', declared);
   app.addHook('onRoute', (route) => {
-    if (route.config?.access) return;
+    if (route.config?.access) {
+      for (const method of [route.method].flat())
+        declared.push({ method, url: route.url, access: route.config.access });
+      return;
+    }
     if (!PUBLIC_ROUTES_OF_PLUGINS.test(route.url)) {
       throw new Error(`${String(route.method)} ${route.url} declares no access rule.`);
     }
