@@ -3,6 +3,8 @@ import swaggerUi from '@fastify/swagger-ui';
 import type { FastifyInstance } from 'fastify';
 import { createJsonSchemaTransform, createJsonSchemaTransformObject } from 'fastify-type-provider-zod';
 import type { OpenAPIV3_1 } from 'openapi-types';
+import { z } from 'zod';
+import { exampleOf, type Schema } from './openapi-examples.ts';
 import { PROBLEMS } from './problem.ts';
 import { simplifyNullable } from './validation.ts';
 
@@ -28,7 +30,28 @@ const problemSchema: OpenAPIV3_1.SchemaObject = {
   },
 };
 
-const options = { zodToJsonConfig: { override: simplifyNullable } };
+/** Any JSON, as what a caller puts into `params`: with a name of its own, or clients would know nothing of it. */
+const jsonValue = {
+  description: 'Any JSON value.',
+  anyOf: [
+    { type: 'string' },
+    { type: 'number' },
+    { type: 'boolean' },
+    { type: 'null' },
+    { type: 'array', items: { $ref: '#/components/schemas/JsonValue' } },
+    { type: 'object', additionalProperties: { $ref: '#/components/schemas/JsonValue' } },
+  ],
+} as OpenAPIV3_1.SchemaObject;
+
+const options = {
+  zodToJsonConfig: {
+    override: (context: { zodSchema: unknown; jsonSchema: z.core.JSONSchema.BaseSchema }) => {
+      simplifyNullable(context);
+      const { zodSchema, jsonSchema } = context;
+      if (zodSchema instanceof z.ZodUnknown) Object.assign(jsonSchema, { $ref: '#/components/schemas/JsonValue' });
+    },
+  },
+};
 const transform = createJsonSchemaTransform(options);
 const transformObject = createJsonSchemaTransformObject(options);
 
@@ -46,10 +69,10 @@ export async function describeApi(app: FastifyInstance, version: string): Promis
         securitySchemes: {
           bearer: { type: 'http', scheme: 'bearer', description: 'An access token or an API key.' },
         },
-        schemas: { Problem: problemSchema },
+        schemas: { Problem: problemSchema, JsonValue: jsonValue },
       },
     },
-    transformObject: (document) => withoutUnused(transformObject(document)),
+    transformObject: (document) => withExamples(withoutUnused(transformObject(document))),
     transform: (route) => {
       const { schema, url } = transform(route);
       const access = route.route.config?.access;
@@ -58,6 +81,7 @@ export async function describeApi(app: FastifyInstance, version: string): Promis
         url,
         schema: {
           ...schema,
+          operationId: operationId(String(route.route.method), url),
           security: open ? [] : [{ bearer: [] }],
           ...(access && !open ? { description: describeAccess(schema.description, access) } : {}),
           response: {
@@ -90,6 +114,48 @@ function describeAccess(description: string | undefined, access: { rule: string;
   const who = { self: 'whoever is signed in', owner: 'the owner or an admin', admin: 'admins' }[access.rule];
   const rule = `For ${who}; an API key needs the scope \`${access.scopes.join('` or `')}\`.`;
   return description ? `${description}\n\n${rule}` : rule;
+}
+
+/** The name of a call in clients: its method and path, as in getTasksById; the same path always has the same. */
+function operationId(method: string, url: string): string {
+  const words = url
+    .replace(/^\/api\/v1/, '')
+    .split('/')
+    .flatMap((part) => (part.startsWith(':') ? ['by', part.slice(1)] : part.split(/[^a-zA-Z0-9]/)))
+    .filter(Boolean);
+  // Health is also served below /api/v1.
+  const prefix = url.startsWith('/api/v1') && words[0] === 'health' ? ['api'] : [];
+  return [
+    method.toLowerCase(),
+    ...[...prefix, ...words].map((word) => word.charAt(0).toUpperCase() + word.slice(1)),
+  ].join('');
+}
+
+interface Content {
+  schema?: Schema;
+  example?: unknown;
+  examples?: unknown;
+}
+
+/** Gives every body that is sent and every one that is answered an example, unless it has one. */
+function withExamples<T extends object>(document: T): T {
+  const { paths, components } = document as unknown as {
+    paths?: Record<string, Record<string, Record<'requestBody' | 'responses', unknown>>>;
+    components?: { schemas?: Record<string, Schema> };
+  };
+  const resolve = (ref: string) => components?.schemas?.[ref.split('/').at(-1) ?? ''] ?? {};
+  const complete = (body: unknown, whole: boolean) => {
+    const content = (body as { content?: Record<string, Content> } | undefined)?.content?.['application/json'];
+    if (!content?.schema || content.example !== undefined || content.examples !== undefined) return;
+    content.example = exampleOf(content.schema, resolve, whole);
+  };
+  for (const operation of Object.values(paths ?? {}).flatMap((methods) => Object.values(methods))) {
+    complete(operation.requestBody, false);
+    for (const [status, answer] of Object.entries((operation.responses ?? {}) as object)) {
+      if (status.startsWith('2')) complete(answer, true);
+    }
+  }
+  return document;
 }
 
 /** Drops schemas that nothing refers to: every one comes in a variant for input and one for output. */
