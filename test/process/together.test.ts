@@ -30,6 +30,61 @@ const another = () =>
   });
 
 describe('several processes on one database', () => {
+  test('lose and repeat nothing of what writers with Idempotency-Keys send while they are killed', {
+    timeout: 180_000,
+  }, async () => {
+    const user = await server.newUser();
+    const skill = unique('skill');
+    const processes = [await another(), await another()];
+    const WRITERS = 20;
+    const KILLS = 6;
+    let stop = false;
+    let lost = 0;
+    const acknowledged = new Map<string, number>();
+    const write = async (writer: number) => {
+      for (let n = 0; !stop; n++) {
+        const key = `${skill}-${writer}-${n}`;
+        for (let turn = writer; !acknowledged.has(key); turn++) {
+          const { url } = processes[turn % processes.length] ?? { url: '' };
+          const answer = await caller(url, user.token)(
+            'POST',
+            '/tasks',
+            { skill_name: skill, name: key },
+            { 'idempotency-key': key },
+          ).catch(() => undefined);
+          if (answer?.status === 201) acknowledged.set(key, answer.body.id);
+          else lost += 1;
+        }
+      }
+    };
+    const writers = Promise.all(Array.from({ length: WRITERS }, (_, i) => write(i)));
+    for (let kill = 0; kill < KILLS; kill++) {
+      const before = acknowledged.size;
+      await until(
+        async () => acknowledged.size,
+        (size) => size >= before + 100,
+      );
+      const place = kill % processes.length;
+      processes[place]?.child.kill('SIGKILL');
+      processes[place] = await another();
+    }
+    stop = true;
+    await writers;
+    expect(lost).toBeGreaterThan(0);
+    const { rows } = await server.db.query<{ id: number; name: string; audited: number; told: number }>({
+      text: `
+        select t.id, t.name,
+          (select count(*)::int from audit_log a where a.entity_type = 'task' and a.entity_id = t.id) as audited,
+          (select count(*)::int from events e where e.task_id = t.id) +
+            (select count(*)::int from event_outbox e where e.task_id = t.id) as told
+        from tasks t where t.skill_name = $1`,
+      values: [skill],
+    });
+    expect(new Map(rows.map(({ name, id }) => [name, id]))).toEqual(acknowledged);
+    expect(rows).toHaveLength(acknowledged.size);
+    expect(rows.every(({ audited, told }) => audited === 1 && told === 1)).toBe(true);
+  });
+
   test('fire every tick once and miss none, also when one of them is killed', { timeout: 60_000 }, async () => {
     const [second, third] = [await another(), await another()];
     const user = await server.newUser();
