@@ -12,15 +12,28 @@ import { lockTasks } from '../tasks/locked-tasks.ts';
 import { type Task, type TaskFacts, taskStatusUpdate } from '../tasks/task-events.ts';
 import { DEADLINE_GRACE_SECONDS } from './lease.ts';
 import { QUEUE_TOPIC, queueDetail } from './queue.ts';
-import { type Execution, MAX_OUTPUT_BYTES, PREVIEW_CHARACTERS } from './schemas.ts';
+import {
+  ERROR_PREVIEW_CHARACTERS,
+  type Execution,
+  LISTED_PARAMS_BYTES,
+  MAX_OUTPUT_BYTES,
+  PREVIEW_CHARACTERS,
+} from './schemas.ts';
 import { settleEnd } from './settle.ts';
 
-/** A run without its output, but with the end of it: what lists read. */
-export type ExecutionRow = Omit<Execution, 'outputText'> & { outputPreview: string | null };
+/** A run without its output, but with the end of it: what lists read. Of the error it has the end; large params are null. */
+export type ExecutionRow = Omit<Execution, 'outputText' | 'params'> & {
+  params: Execution['params'] | null;
+  outputPreview: string | null;
+};
 
+// Cut in the database, so that what is long never leaves it.
 const { outputText, ...columns } = getTableColumns(executions);
 const summaryColumns = {
   ...columns,
+  params: sql<Execution['params'] | null>`
+    case when octet_length(${columns.params}::text) <= ${sql.raw(String(LISTED_PARAMS_BYTES))} then ${columns.params} end`,
+  errorText: sql<string | null>`right(${columns.errorText}, ${sql.raw(String(ERROR_PREVIEW_CHARACTERS))})`,
   outputPreview: sql<string | null>`right(${outputText}, ${sql.raw(String(PREVIEW_CHARACTERS))})`,
 };
 

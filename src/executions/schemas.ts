@@ -7,6 +7,9 @@ export type Execution = typeof executions.$inferSelect;
 
 /** How much of an output lists carry: its end. */
 export const PREVIEW_CHARACTERS = 4_096;
+/** How much of an error lists carry, its end; and params no larger than so many bytes, or 500 runs would be tens of MB. */
+export const ERROR_PREVIEW_CHARACTERS = 1_024;
+export const LISTED_PARAMS_BYTES = 1_024;
 /** What is kept of an output: its end. */
 export const MAX_OUTPUT_BYTES = 1_048_576;
 
@@ -43,9 +46,19 @@ const common = {
   created_at: time,
 };
 
-/** A run as lists have it: of its output only the end. */
+/** A run as lists have it: of its output and error only the end, and of its params only small ones. */
 export const executionSummary = z
-  .object({ ...common, output_preview: z.string().nullable() })
+  .object({
+    ...common,
+    params: common.params
+      .nullable()
+      .meta({ description: `In lists null when larger than ${LISTED_PARAMS_BYTES} bytes: get the run.` }),
+    error_text: common.error_text.meta({ description: `Its last ${ERROR_PREVIEW_CHARACTERS} characters.` }),
+    output_preview: z
+      .string()
+      .nullable()
+      .meta({ description: `Its last ${PREVIEW_CHARACTERS} characters.` }),
+  })
   .meta({ id: 'Execution' });
 /** A run with the whole of its output. */
 export const executionDetail = z
@@ -99,7 +112,7 @@ export const completeBody = z.strictObject({
 });
 
 /** A run on the wire, without its output. */
-function executionCommon(row: Omit<Execution, 'outputText'>) {
+function executionCommon(row: Omit<Execution, 'outputText' | 'params'>) {
   return {
     id: row.id,
     task_id: row.taskId,
@@ -111,7 +124,6 @@ function executionCommon(row: Omit<Execution, 'outputText'>) {
     status: row.status,
     cause: row.cause,
     skill_name: row.skillName,
-    params: row.params,
     available_at: toTime(row.availableAt),
     lease_expires_at: toTime(row.leaseExpiresAt),
     cancel_requested: row.cancelRequested,
@@ -126,13 +138,18 @@ function executionCommon(row: Omit<Execution, 'outputText'>) {
 }
 
 /** A run as lists have it; `outputPreview` is read as such, so that long outputs never leave the database. */
-export function executionSummaryView(row: Omit<Execution, 'outputText'> & { outputPreview: string | null }) {
-  return { ...executionCommon(row), output_preview: row.outputPreview };
+export function executionSummaryView(
+  row: Omit<Execution, 'outputText' | 'params'> & {
+    params: Execution['params'] | null;
+    outputPreview: string | null;
+  },
+) {
+  return { ...executionCommon(row), params: row.params, output_preview: row.outputPreview };
 }
 
 /** A run with the whole of its output. */
 export function executionDetailView(row: Execution) {
-  return { ...executionCommon(row), output_text: row.outputText };
+  return { ...executionCommon(row), params: row.params, output_text: row.outputText };
 }
 
 /** How long a run took, in milliseconds, by the database's clock; null while it goes on or when it never started. */

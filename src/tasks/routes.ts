@@ -160,7 +160,7 @@ export function taskRoutes(app: App, { db }: Deps): void {
       answerOnce(db, request, reply, async (tx) => {
         const run = await runTask(tx, request.actor, request.params.id, request.body?.params);
         const headers = { location: `/api/v1/executions/${run.id}` };
-        return { status: 202, headers, body: executionSummaryView({ ...run, outputPreview: run.outputText }) };
+        return { status: 202, headers, body: executionSummaryView({ ...run, outputPreview: null }) };
       }),
   );
 

@@ -503,3 +503,31 @@ describe('lists', () => {
     expect((await stranger.call('GET', '/executions')).body).toMatchObject({ executions: [], total: 0 });
   });
 });
+
+test('the largest lists stay small, whatever the runs hold', async () => {
+  const user = await server.newUser();
+  const task = await makeTask(user.call, { params: { a: 'x'.repeat(60_000) } });
+  const agent = await makeAgent(user.call);
+  await server.db.query({
+    text: `insert into executions (task_id, user_id, agent_id, trigger, scheduled_for, skill_name, params, priority,
+        timeout_seconds, status, ended_at, output_text, error_text)
+      select $1, $2, $3, 'manual', now(), 's', jsonb_build_object('a', repeat('x', 60000)), 1, 60, 'failed', now(),
+        repeat('o', 65536), repeat('e', 65536) from generate_series(1, 500)`,
+    values: [task.id, user.id, agent.id],
+  });
+  for (const path of [
+    `/executions?limit=100`,
+    `/tasks/${task.id}?history_limit=500`,
+    `/agents/${agent.id}?history_limit=500`,
+  ]) {
+    const { status, body } = await user.call('GET', path);
+    expect(status).toBe(200);
+    const runs = body.executions ?? body.execution_history;
+    expect(JSON.stringify(body).length, path).toBeLessThan(4 * 1_048_576);
+    expect(runs[0]).toMatchObject({ params: null, error_text: 'e'.repeat(1_024), output_preview: 'o'.repeat(4_096) });
+  }
+  const [{ id }] = (await user.call('GET', '/executions?limit=1')).body.executions;
+  const { body: whole } = await user.call('GET', `/executions/${id}`);
+  expect(whole.params.a).toHaveLength(60_000);
+  expect(whole.error_text).toHaveLength(65_536);
+});
