@@ -39,7 +39,7 @@ async function noteAlive(tx: Tx, agent: Agent, open: Execution | undefined): Pro
   const back = agent.status === 'offline';
   if (back) agent.status = open ? 'busy' : 'idle';
   await tx.orm.update(agents).set({ lastActiveAt: sql`now()`, status: agent.status }).where(eq(agents.id, agent.id));
-  if (back) await emitEvents(tx, [agentActivity(agent, 'heartbeat')]);
+  if (back) emitEvents(tx, [agentActivity(agent, 'heartbeat')]);
 }
 
 async function openRun(tx: Tx, agent: Agent, task: Task, id: number): Promise<Execution> {
@@ -74,7 +74,7 @@ async function start(tx: Tx, actor: Actor, agent: Agent, task: Task, open: Execu
   await tx.orm.update(tasks).set({ status, lastRunAt: sql`now()` }).where(eq(tasks.id, task.id));
   await tx.orm.update(agents).set({ status: 'busy' }).where(eq(agents.id, agent.id));
   await audit(tx, actor, null, run);
-  await emitEvents(tx, [
+  emitEvents(tx, [
     taskStatusUpdate(
       { ...task, status },
       { previousStatus, executionId: run.id, executionStatus: 'running', agentId: agent.id },

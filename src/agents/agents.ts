@@ -38,7 +38,7 @@ export async function registerAgent(
     .values({ userId: actor.userId, ...wanted })
     .onConflictDoNothing({ target: [agents.userId, agents.name], where: isNull(agents.deletedAt) })
     .returning();
-  if (inserted[0]) return { agent: await told(tx, actor, null, inserted[0]), created: true };
+  if (inserted[0]) return { agent: told(tx, actor, null, inserted[0]), created: true };
 
   const [before] = await tx.orm
     .select()
@@ -59,8 +59,8 @@ export async function registerAgent(
     .where(eq(agents.id, before.id))
     .returning();
   if (!after) throw new Error('The update answered no row.');
-  if (changed) return { agent: await told(tx, actor, before, after), created: false };
-  if (before.status !== after.status) await emitEvents(tx, [agentActivity(after, 'registered')]);
+  if (changed) return { agent: told(tx, actor, before, after), created: false };
+  if (before.status !== after.status) emitEvents(tx, [agentActivity(after, 'registered')]);
   return { agent: after, created: false };
 }
 
@@ -87,7 +87,7 @@ export async function updateAgent(
   const wanted = Object.fromEntries(Object.entries(input).filter(([, value]) => value !== undefined));
   if (Object.keys(changedFields(pick(before, wanted), wanted)).length === 0) return before;
   const after = await write(tx, id, wanted);
-  await told(tx, actor, before, after);
+  told(tx, actor, before, after);
   // Its long polls look again: they end when it drains, and may find more when it can do more.
   tx.ring(QUEUE_TOPIC);
   return after;
@@ -119,14 +119,14 @@ export async function deleteAgent(
     );
   }
   const after = await write(tx, id, { deletedAt: sql`now()`, status: 'offline' });
-  await recordAudit(tx, actor, {
+  recordAudit(tx, actor, {
     operation: 'DELETE',
     entityType: 'agent',
     entityId: id,
     ownerId: after.userId,
     changedFields: changedFields(facts(before), null),
   });
-  await emitEvents(tx, [agentActivity(after, 'deleted')]);
+  emitEvents(tx, [agentActivity(after, 'deleted')]);
   tx.ring(QUEUE_TOPIC);
 }
 
@@ -149,15 +149,15 @@ async function write(tx: Tx, id: number, changes: PgUpdateSetSource<typeof agent
   return after;
 }
 
-async function told(tx: Tx, actor: Actor, before: Agent | null, after: Agent): Promise<Agent> {
-  await recordAudit(tx, actor, {
+function told(tx: Tx, actor: Actor, before: Agent | null, after: Agent): Agent {
+  recordAudit(tx, actor, {
     operation: before ? 'UPDATE' : 'CREATE',
     entityType: 'agent',
     entityId: after.id,
     ownerId: after.userId,
     changedFields: changedFields(before && facts(before), facts(after)),
   });
-  await emitEvents(tx, [agentActivity(after, before ? 'updated' : 'registered')]);
+  emitEvents(tx, [agentActivity(after, before ? 'updated' : 'registered')]);
   return after;
 }
 
@@ -216,7 +216,7 @@ export async function heartbeatAgent(
     .where(eq(agents.id, id))
     .returning();
   if (!after) throw new Error('The update answered no row.');
-  if (after.status !== before.status) await emitEvents(tx, [agentActivity(after, 'heartbeat')]);
+  if (after.status !== before.status) emitEvents(tx, [agentActivity(after, 'heartbeat')]);
   return after;
 }
 
@@ -240,7 +240,7 @@ export async function markSilentAgents(tx: Tx, afterSeconds: number): Promise<nu
       ),
     )
     .returning();
-  await emitEvents(
+  emitEvents(
     tx,
     silent.map((agent) => agentActivity(agent, 'offline')),
   );

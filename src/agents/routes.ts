@@ -262,7 +262,7 @@ export function agentRoutes(app: App, deps: Deps & { drain: Drain; feed: Feed })
         const runs = claimed;
         claimed = [];
         await db
-          .transaction((tx) => returnClaims(tx, agent, runs))
+          .transaction((tx) => returnClaims(tx, request.actor, agent, runs))
           .catch((error: unknown) =>
             logger.warn({ err: error }, 'claims of a caller that had gone wait for their lease'),
           );
@@ -276,7 +276,7 @@ export function agentRoutes(app: App, deps: Deps & { drain: Drain; feed: Feed })
       const waiter = waitForWork(bus, agent.shared ? null : agent.userId, skills);
       try {
         while (!drain.signal.aborted && !gone) {
-          ({ claimed, closed } = await db.transaction((tx) => claimExecutions(tx, agent.id, wish)));
+          ({ claimed, closed } = await db.transaction((tx) => claimExecutions(tx, request.actor, agent.id, wish)));
           if (claimed.length > 0 || closed || ended.signal.aborted) break;
           await waiter.next(ended.signal);
         }

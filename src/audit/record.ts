@@ -46,15 +46,15 @@ export interface AuditEntry {
 }
 
 /** Writes one entry of the audit log, in the transaction of the change it tells of. `actor` null means Muster itself. */
-export async function recordAudit(tx: Tx, actor: AuditActor | null, entry: AuditEntry): Promise<void> {
-  await recordAudits(tx, actor, [entry]);
+export function recordAudit(tx: Tx, actor: AuditActor | null, entry: AuditEntry): void {
+  recordAudits(tx, actor, [entry]);
 }
 
 /** Who did it, as far as the log keeps it. */
 export type AuditActor = Pick<Actor, 'ip' | 'userAgent' | 'requestId'> & { userId: number | null };
 
 /** Writes any number of entries in one statement. */
-export async function recordAudits(tx: Tx, actor: AuditActor | null, entries: readonly AuditEntry[]): Promise<void> {
+export function recordAudits(tx: Tx, actor: AuditActor | null, entries: readonly AuditEntry[]): void {
   if (entries.length === 0) return;
   const rows = entries.map((entry) => ({
     owner_id: entry.ownerId,
@@ -63,7 +63,7 @@ export async function recordAudits(tx: Tx, actor: AuditActor | null, entries: re
     entity_id: entry.entityId,
     changed_fields: entry.changedFields,
   }));
-  await tx.query({
+  tx.write({
     ...WRITE,
     values: [
       actor?.userId ?? null,

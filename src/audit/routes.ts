@@ -2,7 +2,7 @@ import { Readable } from 'node:stream';
 import type { App, Deps } from '../http/app.ts';
 import { invalid } from '../http/problem.ts';
 import { exportAudit, listAudit } from './queries.ts';
-import { auditList, auditQuery, auditView } from './schemas.ts';
+import { auditList, auditQuery, auditSummaryView, auditView } from './schemas.ts';
 
 /** The audit log: who changed what. It is only read here; nothing changes or deletes an entry. */
 export function auditRoutes(app: App, { db }: Deps): void {
@@ -23,7 +23,7 @@ export function auditRoutes(app: App, { db }: Deps): void {
       const { actor, query } = request;
       if (query.format !== 'ndjson') {
         const { rows, ...page } = await listAudit(db, actor, query);
-        return { entries: rows.map(auditView), ...page };
+        return { entries: rows.map(auditSummaryView), ...page };
       }
       for (const name of ['limit', 'offset', 'cursor', 'sort_order'] as const) {
         if (query[name] !== undefined)

@@ -4,6 +4,9 @@ import { pageAnswer, pageQuery } from '../http/pagination.ts';
 import { id, idText, instant, integerText, time, toTime } from '../http/validation.ts';
 import type { AuditRow } from './queries.ts';
 
+/** How large the values are that lists carry: two of 64 KiB in each of a hundred entries would be 13 MB. */
+const LISTED_VALUE_BYTES = 8_192;
+
 const filters = {
   entity_type: z
     .string()
@@ -39,7 +42,19 @@ export const auditEntry = z
     operation: z.enum(AUDIT_OPERATIONS),
     entity_type: z.string(),
     entity_id: z.int().min(0),
-    changed_fields: z.record(z.string(), z.object({ old: z.unknown(), new: z.unknown() })),
+    changed_fields: z.record(
+      z.string(),
+      z.object({
+        old: z.unknown(),
+        new: z.unknown(),
+        omitted: z
+          .boolean()
+          .optional()
+          .meta({
+            description: `In lists, a value larger than ${LISTED_VALUE_BYTES} bytes is null and this is true; format=ndjson has all.`,
+          }),
+      }),
+    ),
     ip_address: z.string().nullable(),
     user_agent: z.string().nullable(),
     request_id: z.string().nullable(),
@@ -73,3 +88,16 @@ export function auditView(row: AuditRow): z.input<typeof auditEntry> {
     hash: row.hash,
   };
 }
+
+/** An entry as lists have it: of the values only small ones. */
+export function auditSummaryView(row: AuditRow): z.input<typeof auditEntry> {
+  const entry = auditView(row);
+  const changed = Object.entries(entry.changed_fields).map(([field, change]) => {
+    const shown = { old: small(change.old), new: small(change.new) };
+    const omitted = shown.old !== change.old || shown.new !== change.new;
+    return [field, omitted ? { ...shown, omitted } : change];
+  });
+  return { ...entry, changed_fields: Object.fromEntries(changed) };
+}
+
+const small = (value: unknown) => (Buffer.byteLength(JSON.stringify(value) ?? '') > LISTED_VALUE_BYTES ? null : value);

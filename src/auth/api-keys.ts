@@ -1,5 +1,5 @@
 import { and, eq, isNull, sql } from 'drizzle-orm';
-import { recordAudit } from '../audit/record.ts';
+import { changedFields, recordAudit } from '../audit/record.ts';
 import type { Queryable, Tx } from '../db/database.ts';
 import { apiKeys } from '../db/schema.ts';
 import { type Actor, ownedBy, requireAccess, type Scope } from '../http/access.ts';
@@ -48,7 +48,7 @@ export async function createApiKey(
     })
     .returning(shown);
   if (!apiKey) throw new Error('The insert answered no row.');
-  await recordAudit(tx, actor, {
+  recordAudit(tx, actor, {
     operation: 'CREATE',
     entityType: 'api_key',
     entityId: apiKey.id,
@@ -99,11 +99,11 @@ export async function revokeApiKey(tx: Tx, actor: Actor, id: number): Promise<vo
     .update(apiKeys)
     .set({ revokedAt: sql`now()` })
     .where(and(eq(apiKeys.id, id), ownedBy(actor, apiKeys.userId)));
-  await recordAudit(tx, actor, {
+  recordAudit(tx, actor, {
     operation: 'DELETE',
     entityType: 'api_key',
     entityId: id,
     ownerId: apiKey.userId,
-    changedFields: { name: { old: apiKey.name, new: null }, scopes: { old: apiKey.scopes, new: null } },
+    changedFields: changedFields({ name: apiKey.name, scopes: apiKey.scopes, expiresAt: apiKey.expiresAt }, null),
   });
 }

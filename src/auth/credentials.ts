@@ -1,4 +1,5 @@
 import type { Config } from '../config.ts';
+import { coalesced } from '../db/coalesce.ts';
 import type { Database } from '../db/database.ts';
 import { API_KEY_SCOPES } from '../db/schema.ts';
 import type { Role, Scope } from '../http/access.ts';
@@ -9,22 +10,23 @@ import { type AccessTokens, accessTokens } from './access-tokens.ts';
 import { KEY_PREFIX } from './api-keys.ts';
 import { hashSecret } from './tokens.ts';
 
-// A credential is an API key or an access token. Both end with a look at the database, one query by primary or unique key,
-// so that a disabled user, an ended login and a revoked key are refused at the very next call. A credential that is not
-// even well-formed or signed never gets that far.
+// A credential is an API key or an access token. Both end with a look at the database by primary or unique key, so that a
+// disabled user, an ended login and a revoked key are refused at the very next call; the looks of calls that come together
+// share a query. A credential that is not even well-formed or signed never gets that far.
 
 const KEY = new RegExp(`^${KEY_PREFIX}[\\w-]{43}$`);
 /** How precise last_used_at is: a write a minute and key at the most. */
 const LAST_USED_SECONDS = 60;
 
-const FIND_KEY = {
-  name: 'credential-key',
+const FIND_KEYS = {
+  name: 'credential-keys',
   text: `
     select k.id, k.user_id, k.scopes, k.expires_at, u.role,
       coalesce(k.last_used_at < now() - interval '${LAST_USED_SECONDS} seconds', true) as stale
-    from api_keys k join users u on u.id = k.user_id
-    where k.key_hash = $1 and k.revoked_at is null and (k.expires_at is null or k.expires_at > now())
-      and u.disabled_at is null`,
+    from unnest($1::text[]) with ordinality w(hash, n)
+    left join (api_keys k join users u on u.id = k.user_id and u.disabled_at is null)
+      on k.key_hash = w.hash and k.revoked_at is null and (k.expires_at is null or k.expires_at > now())
+    order by w.n`,
 };
 
 /** Notes the use of a key. Calls that come at once all find it stale: one writes, and the others do not wait for it. */
@@ -37,14 +39,24 @@ const NOTE_USE = {
       for no key update skip locked)`,
 };
 
-/** The user of a token; for our own, only while its login has not ended. Served by refresh_tokens_family_idx. */
-const FIND_USER = {
-  name: 'credential-user',
+/** The users of tokens; of our own, only while their login has not ended. Served by refresh_tokens_family_idx. */
+const FIND_USERS = {
+  name: 'credential-users',
   text: `
-    select u.role from users u
-    where u.id = $1 and u.disabled_at is null and ($2::uuid is null or exists (
-      select from refresh_tokens r where r.family_id = $2 and r.user_id = u.id and r.revoked_at is null))`,
+    select u.role from unnest($1::bigint[], $2::uuid[]) with ordinality w(user_id, family, n)
+    left join users u on u.id = w.user_id and u.disabled_at is null and (w.family is null or exists (
+      select from refresh_tokens r where r.family_id = w.family and r.user_id = u.id and r.revoked_at is null))
+    order by w.n`,
 };
+
+interface FoundKey {
+  id: number;
+  user_id: number;
+  scopes: Scope[];
+  expires_at: Date | null;
+  role: Role;
+  stale: boolean;
+}
 
 /** Registers token handling on `app`, and answers how credentials are verified and tokens signed. */
 export async function credentials(
@@ -54,19 +66,20 @@ export async function credentials(
 ): Promise<{ verify: VerifyCredential; tokens: AccessTokens }> {
   const { db, logger } = deps;
   const tokens = await accessTokens(app, deps.config, secret);
+  const findKey = coalesced(async (hashes: string[]) => {
+    const { rows } = await db.query<FoundKey | { id: null }>({ ...FIND_KEYS, values: [hashes] });
+    return rows.map((row) => (row.id === null ? undefined : row));
+  });
+  const findRole = coalesced(async (of: { userId: number; family: string | null }[]) => {
+    const values = [of.map(({ userId }) => userId), of.map(({ family }) => family)];
+    const { rows } = await db.query<{ role: Role | null }>({ ...FIND_USERS, values });
+    return rows.map(({ role }) => role);
+  });
 
   const verifyKey: VerifyCredential = async (key) => {
     const refused = () => unauthorized('The API key is not valid: it may be revoked or expired.');
     if (!KEY.test(key)) throw refused();
-    const { rows } = await db.query<{
-      id: number;
-      user_id: number;
-      scopes: Scope[];
-      expires_at: Date | null;
-      role: Role;
-      stale: boolean;
-    }>({ ...FIND_KEY, values: [hashSecret(key)] });
-    const [found] = rows;
+    const found = await findKey(hashSecret(key));
     if (!found) throw refused();
     if (found.stale) {
       // Nobody waits for it: it is of no use to the call.
@@ -79,10 +92,9 @@ export async function credentials(
 
   const verifyToken: VerifyCredential = async (text) => {
     const token = await tokens.verify(text);
-    const { rows } = await db.query<{ role: Role }>({ ...FIND_USER, values: [token.userId, token.family] });
-    const [user] = rows;
-    if (!user) throw unauthorized('This login has ended: log in again.');
-    return { userId: token.userId, role: user.role, scopes: API_KEY_SCOPES, expiresAt: token.expiresAt };
+    const role = await findRole(token);
+    if (!role) throw unauthorized('This login has ended: log in again.');
+    return { userId: token.userId, role, scopes: API_KEY_SCOPES, expiresAt: token.expiresAt };
   };
 
   return {

@@ -84,7 +84,7 @@ export function authRoutes(app: App, deps: Deps & { tokens: AccessTokens }): voi
       if (!right || !user || user.disabledAt) {
         await wrongForEmail.hit(request, reply);
         await wrongFromAddress.hit(request, reply);
-        await db.transaction((tx) => recordRefusedLogin(tx, visitor(request), email, user?.id ?? null));
+        await db.transaction(async (tx) => recordRefusedLogin(tx, visitor(request), email, user?.id ?? null));
         throw unauthorized('The email address or the password is wrong.');
       }
       const session = await db.transaction((tx) =>

@@ -21,7 +21,7 @@ export async function startSession(
 ): Promise<{ family: string; refreshToken: string }> {
   const family = randomUUID();
   const { id, token } = await issue(tx, userId, family, ttlSeconds);
-  await recordAudit(
+  recordAudit(
     tx,
     { ...visitor, userId },
     {
@@ -36,13 +36,8 @@ export async function startSession(
 }
 
 /** Notes that somebody tried to log in and was refused; `userId` is whose email was given, null for nobody's. */
-export async function recordRefusedLogin(
-  tx: Tx,
-  visitor: Visitor,
-  email: string,
-  userId: number | null,
-): Promise<void> {
-  await recordAudit(
+export function recordRefusedLogin(tx: Tx, visitor: Visitor, email: string, userId: number | null): void {
+  recordAudit(
     tx,
     { ...visitor, userId: null },
     {
@@ -101,7 +96,7 @@ export async function rotateSession(
   if (!row || row.revokedAt || row.expired) return undefined;
   if (row.spentAt) {
     await revokeFamily(tx, row.familyId);
-    await recordAudit(
+    recordAudit(
       tx,
       { ...visitor, userId: row.userId },
       {
@@ -128,7 +123,7 @@ export async function endSession(tx: Tx, visitor: Visitor, token: string): Promi
     .from(refreshTokens)
     .where(eq(refreshTokens.tokenHash, hashSecret(token)));
   if (!row || !(await revokeFamily(tx, row.familyId))) return;
-  await recordAudit(
+  recordAudit(
     tx,
     { ...visitor, userId: row.userId },
     {

@@ -19,7 +19,7 @@ export async function createUser(
   const [user] = await tx.orm.insert(users).values(input).onConflictDoNothing({ target: users.email }).returning();
   if (!user) throw conflict('There is a user with this email address already: log in, or use another.');
   const { email, name, role, passwordHash } = user;
-  await recordAudit(
+  recordAudit(
     tx,
     { ...visitor, userId: user.id },
     {

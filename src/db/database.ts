@@ -10,6 +10,11 @@ export interface Queryable {
 
 /** A transaction under way. It refuses to work once it has ended. */
 export interface Tx extends Queryable {
+  /**
+   * Sends a statement whose answer nobody needs, and does not wait: what follows goes with it in one round trip. When it
+   * fails, nothing after it is done and the transaction fails with its error.
+   */
+  write(statement: pg.QueryConfig): void;
   /** Rings the bus after the commit, and only then. */
   ring(topic: string, detail?: string): void;
 }
@@ -84,19 +89,39 @@ async function once<T>(pool: pg.Pool, bus: Bus, work: (tx: Tx) => Promise<T>): P
       return property === 'query' ? (...args: unknown[]) => heard(value.apply(target, args)) : value.bind(target);
     },
   });
+  // Statements go out as they come (postgres.ts), so that those nobody waits for share a round trip with what follows. What
+  // was sent after one that failed is refused by Postgres; the first error tells why.
+  const unheard: Promise<unknown>[] = [];
+  let failure: { error: unknown } | undefined;
+  const send = (answer: Promise<unknown>) => {
+    unheard.push(
+      heard(answer).catch((error: unknown) => {
+        failure ??= { error };
+      }),
+    );
+  };
+  let orm: NodePgDatabase | undefined;
   try {
-    await heard(client.query('begin'));
+    send(client.query('begin'));
     const result = await work({
-      orm: drizzle({ client: whileOpen }),
+      get orm() {
+        orm ??= drizzle({ client: whileOpen });
+        return orm;
+      },
       query: async (statement) => whileOpen.query(statement),
+      write: (statement) => send(whileOpen.query(statement)),
       ring: (topic, detail) => void rings.push([topic, detail]),
     });
     open = false;
     await commit(client);
     for (const [topic, detail] of rings) bus.ring(topic, detail);
     return result;
-  } catch (error) {
+  } catch (thrown) {
     open = false;
+    await Promise.all(unheard);
+    // A commit without an answer stays one, even when what was sent with it got none either.
+    const unknown = thrown instanceof CommitUnknownError && (!failure || sqlState(failure.error) === undefined);
+    const error = failure && !unknown ? failure.error : thrown;
     dead = error instanceof Error ? error : new Error(String(error));
     if (!mute && !(error instanceof CommitUnknownError)) {
       try {

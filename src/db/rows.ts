@@ -1,5 +1,6 @@
-import { getTableColumns } from 'drizzle-orm';
+import { getTableColumns, getTableName } from 'drizzle-orm';
 import type { PgTable } from 'drizzle-orm/pg-core';
+import type pg from 'pg';
 
 /**
  * Turns rows of a `select *` by a named statement into what Drizzle would answer for `table`. For the few reads that every
@@ -13,4 +14,30 @@ export function rowsOf<T extends PgTable>(table: T): (row: Record<string, unknow
     for (const [key, name] of columns) mapped[key] = row[name];
     return mapped as T['$inferSelect'];
   };
+}
+
+/**
+ * Makes the named statement that inserts one row into `table`, with a value for each of `keys` and the defaults for the rest,
+ * and answers the row as `select *` would. For the few inserts where Drizzle's building of the query would show, as above.
+ */
+export function insertInto<T extends PgTable, K extends keyof T['$inferInsert'] & string>(
+  table: T,
+  keys: readonly K[],
+): (row: { [P in K]: T['$inferInsert'][P] }) => pg.QueryConfig {
+  const all = getTableColumns(table);
+  const columns = keys.map((key) => {
+    const column = all[key];
+    if (!column) throw new Error(`${getTableName(table)} has no column ${key}.`);
+    return { key, column };
+  });
+  const names = columns.map(({ column }) => `"${column.name}"`).join(', ');
+  const text = `insert into "${getTableName(table)}" (${names}) values (${columns.map((_, i) => `$${i + 1}`).join(', ')}) returning *`;
+  return (row) => ({
+    name: `insert-${getTableName(table)}`,
+    text,
+    values: columns.map(({ key, column }) => {
+      const value: unknown = row[key];
+      return value == null ? null : column.mapToDriverValue(value);
+    }),
+  });
 }

@@ -60,7 +60,7 @@ export async function enqueueExecution(
     })
     .returning();
   if (!run) throw new Error('The insert answered no row.');
-  await recordAudit(tx, input.actor, {
+  recordAudit(tx, input.actor, {
     operation: 'CREATE',
     entityType: 'execution',
     entityId: run.id,
@@ -72,7 +72,7 @@ export async function enqueueExecution(
       status: run.status,
     }),
   });
-  await emitEvents(tx, [
+  emitEvents(tx, [
     taskStatusUpdate(task, { previousStatus: task.status, executionId: run.id, executionStatus: run.status }),
   ]);
   tx.ring(QUEUE_TOPIC, queueDetail(run));
@@ -100,7 +100,7 @@ export async function cancelQueuedExecutions(
     const task = byId.get(taskId);
     return task ? [{ id, task }] : [];
   });
-  await recordAudits(
+  recordAudits(
     tx,
     actor,
     cancelled.map(({ id, task }) => ({
@@ -111,7 +111,7 @@ export async function cancelQueuedExecutions(
       changedFields: { status: { old: 'queued', new: 'cancelled' } },
     })),
   );
-  await emitEvents(
+  emitEvents(
     tx,
     cancelled.map(({ id, task }) =>
       taskStatusUpdate(task, { previousStatus: task.status, executionId: id, executionStatus: 'cancelled' }),
@@ -302,7 +302,7 @@ export async function heartbeatExecution(
   const [run] = rows;
   if (!run) throw staleLease(id);
   if (beat.progress) {
-    await emitEvents(tx, [
+    emitEvents(tx, [
       taskStatusUpdate(
         {
           id: run.task_id,
@@ -360,7 +360,7 @@ export async function completeExecution(
     .where(and(eq(executions.id, id), eq(executions.leaseToken, report.leaseToken), eq(executions.status, 'running')))
     .returning();
   if (!run || !task) throw staleLease(id);
-  await recordAudit(tx, actor, {
+  recordAudit(tx, actor, {
     operation: 'UPDATE',
     entityType: 'execution',
     entityId: id,
@@ -400,7 +400,7 @@ export async function cancelExecution(tx: Tx, actor: Actor, id: number): Promise
     .where(eq(executions.id, id))
     .returning();
   if (!after) throw notFound('execution', id);
-  await recordAudit(tx, actor, {
+  recordAudit(tx, actor, {
     operation: 'UPDATE',
     entityType: 'execution',
     entityId: id,
@@ -414,8 +414,7 @@ export async function cancelExecution(tx: Tx, actor: Actor, id: number): Promise
     if (task) await settleEnd(tx, task, undefined, after);
   } else if (run.agentId !== null) {
     const agent = await findAgent(tx, run.agentId);
-    if (agent)
-      await emitEvents(tx, [agentActivity(agent, 'cancel_requested', { taskId: run.taskId, executionId: id })]);
+    if (agent) emitEvents(tx, [agentActivity(agent, 'cancel_requested', { taskId: run.taskId, executionId: id })]);
   }
   return after;
 }

@@ -1,8 +1,10 @@
 import { agentActivity } from '../agents/agent-events.ts';
 import { type Agent, lockAgents } from '../agents/agents.ts';
+import { changedFields, recordAudits } from '../audit/record.ts';
 import type { Tx } from '../db/database.ts';
 import { rowsOf } from '../db/rows.ts';
 import { agents } from '../db/schema.ts';
+import type { Actor } from '../http/access.ts';
 import { emitEvents } from '../realtime/events.ts';
 import { lockTasks } from '../tasks/locked-tasks.ts';
 import { taskStatusUpdate } from '../tasks/task-events.ts';
@@ -114,6 +116,7 @@ const LOCK_AGENT = {
  */
 export async function claimExecutions(
   tx: Tx,
+  actor: Actor,
   agentId: number,
   wish: { max: number; skills?: readonly string[] | undefined; leaseSeconds: number },
 ): Promise<{ claimed: Claimed[]; closed: boolean }> {
@@ -134,7 +137,8 @@ export async function claimExecutions(
     ],
   });
   if (rows.length === 0) return { claimed: [], closed: false };
-  await emitEvents(
+  recordTaking(tx, actor, rows, { status: 'queued', agentId: null }, { status: 'running', agentId });
+  emitEvents(
     tx,
     rows.flatMap((row) => [
       taskStatusUpdate(
@@ -174,7 +178,7 @@ export async function claimExecutions(
  * Gives back runs that were claimed for a caller who had gone before the answer reached it: queued again at once, as if
  * never taken, instead of waiting a whole lease.
  */
-export async function returnClaims(tx: Tx, agent: Agent, claimed: readonly Claimed[]): Promise<void> {
+export async function returnClaims(tx: Tx, actor: Actor, agent: Agent, claimed: readonly Claimed[]): Promise<void> {
   const locked = (await lockAgents(tx, [agent.id])).get(agent.id);
   const tasks = await lockTasks(
     tx,
@@ -189,13 +193,35 @@ export async function returnClaims(tx: Tx, agent: Agent, claimed: readonly Claim
       returning e.id, e.task_id, e.user_id, e.skill_name`,
     values: [claimed.map((run) => run.executionId), claimed.map((run) => run.leaseToken)],
   });
+  recordTaking(tx, actor, rows, { status: 'running', agentId: agent.id }, { status: 'queued', agentId: null });
   for (const row of rows) {
     const task = tasks.get(row.task_id);
     if (!task) continue;
     const run = { ...UNTOUCHED, id: row.id, skillName: row.skill_name };
-    await emitEvents(tx, await settle(tx, task, locked, run));
+    emitEvents(tx, await settle(tx, task, locked, run));
     tx.ring(QUEUE_TOPIC, queueDetail({ userId: row.user_id, skillName: row.skill_name }));
   }
+}
+
+/** Notes in the audit log that runs came to an agent, or back from it. */
+function recordTaking(
+  tx: Tx,
+  actor: Actor,
+  runs: readonly { id: number; user_id: number }[],
+  before: object,
+  after: object,
+): void {
+  recordAudits(
+    tx,
+    actor,
+    runs.map((run) => ({
+      operation: 'UPDATE',
+      entityType: 'execution',
+      entityId: run.id,
+      ownerId: run.user_id,
+      changedFields: changedFields(before, after),
+    })),
+  );
 }
 
 /** What is to be told of a run that was given back. */

@@ -2,6 +2,7 @@ import { sql } from 'drizzle-orm';
 import { agentActivity } from '../agents/agent-events.ts';
 import type { Agent } from '../agents/agents.ts';
 import { durationBucket } from '../agents/metrics.ts';
+import { changedFields, recordAudit } from '../audit/record.ts';
 import type { Tx } from '../db/database.ts';
 import { executions } from '../db/schema.ts';
 import { emitEvents, type NewEvent } from '../realtime/events.ts';
@@ -53,11 +54,24 @@ export async function settleEnd(tx: Tx, task: Task, agent: Agent | undefined, ru
   const retry = retries(task, run) ? await queueRetry(tx, task, agent, run) : undefined;
   const events = await settle(tx, task, agent, run);
   if (retry) {
+    recordAudit(tx, null, {
+      operation: 'CREATE',
+      entityType: 'execution',
+      entityId: retry.id,
+      ownerId: retry.userId,
+      changedFields: changedFields(null, {
+        taskId: retry.taskId,
+        trigger: retry.trigger,
+        status: retry.status,
+        attempt: retry.attempt,
+        retryOf: retry.retryOf,
+      }),
+    });
     events.push(
       taskStatusUpdate(task, { previousStatus: task.status, executionId: retry.id, executionStatus: retry.status }),
     );
   }
-  await emitEvents(tx, events);
+  emitEvents(tx, events);
 }
 
 /**
@@ -98,7 +112,7 @@ export async function settle(
   }
   if (agent?.status === 'busy' && around.agent_running === 0) agent.status = 'idle';
   const took = durationMs(run);
-  await tx.query({
+  tx.write({
     ...SETTLE,
     values: [
       released,

@@ -107,7 +107,7 @@ export async function answerOnce<Body>(
     // The serialiser of a route is that of a status.
     reply.code(status);
     const body = reply.serialize(made.body as object) as string;
-    await tx.query({ ...KEEP, values: [...scope, hash, status, JSON.stringify(headers), secret ? null : body] });
+    tx.write({ ...KEEP, values: [...scope, hash, status, JSON.stringify(headers), secret ? null : body] });
     return { made };
   });
   if ('made' in result) {

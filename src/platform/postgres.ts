@@ -27,6 +27,8 @@ export function createPool(options: { url: string; size: number; name: string; l
     statement_timeout: QUERY_TIMEOUT_MS - 500,
     idle_in_transaction_session_timeout: 10_000,
     keepAlive: true,
+    // What a transaction sends without waiting goes out at once (db/database.ts).
+    pipeline: true,
     types,
   });
   const onError = (error: Error) => {

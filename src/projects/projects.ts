@@ -17,7 +17,7 @@ export async function createProject(tx: Tx, actor: Actor, input: CreateProject):
     .values({ ...input, userId: actor.userId })
     .returning();
   if (!project) throw new Error('The insert answered no row.');
-  await tell(tx, actor, 'CREATE', null, project);
+  tell(tx, actor, 'CREATE', null, project);
   return project;
 }
 
@@ -37,7 +37,7 @@ export async function updateProject(
   const { name = before.name, description = before.description, status = before.status } = input;
   if (name === before.name && description === before.description && status === before.status) return before;
   const after = await write(tx, before, { name, description, status });
-  await tell(tx, actor, 'UPDATE', before, after);
+  tell(tx, actor, 'UPDATE', before, after);
   if (status !== before.status) {
     await (status === 'archived' ? pauseTasksOf : resumeTasksOf)(tx, actor, id);
   }
@@ -55,7 +55,7 @@ export async function deleteProject(
   requireVersion('project', before, expected);
   await deleteTasksOf(tx, actor, id);
   const after = await write(tx, before, { status: 'deleted', tasksCount: 0 });
-  await tell(tx, actor, 'DELETE', before, after);
+  tell(tx, actor, 'DELETE', before, after);
 }
 
 async function write(tx: Tx, before: Project, changes: Partial<Project>): Promise<Project> {
@@ -68,14 +68,14 @@ async function write(tx: Tx, before: Project, changes: Partial<Project>): Promis
   return after;
 }
 
-async function tell(
+function tell(
   tx: Tx,
   actor: Actor,
   operation: (typeof AUDIT_OPERATIONS)[number],
   before: Project | null,
   after: Project,
-): Promise<void> {
-  await recordAudit(tx, actor, {
+): void {
+  recordAudit(tx, actor, {
     operation,
     entityType: 'project',
     entityId: after.id,

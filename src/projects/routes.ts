@@ -4,7 +4,7 @@ import { etag, ifMatchHeaders, versions } from '../http/etag.ts';
 import { answerOnce, idempotencyHeaders } from '../http/idempotency.ts';
 import { idParams } from '../http/validation.ts';
 import { listTasks } from '../tasks/queries.ts';
-import { taskView } from '../tasks/schemas.ts';
+import { taskSummaryView } from '../tasks/schemas.ts';
 import { createProject, deleteProject, updateProject } from './projects.ts';
 import { getProject, listProjects } from './queries.ts';
 import {
@@ -79,7 +79,7 @@ export function projectRoutes(app: App, { db }: Deps): void {
       const tasks = await listTasks(db, request.actor, { project_id: project.id, limit, cursor, total: false });
       return reply.header('etag', etag(project)).send({
         ...projectView(project),
-        tasks: tasks.rows.map(taskView),
+        tasks: tasks.rows.map(taskSummaryView),
         tasks_has_more: tasks.has_more,
         tasks_next_cursor: tasks.next_cursor,
       });

@@ -2,7 +2,7 @@ import { z } from 'zod';
 import { PROJECT_STATUSES } from '../db/schema.ts';
 import { pageAnswer, pageQuery } from '../http/pagination.ts';
 import { id, integerText, time, toTime } from '../http/validation.ts';
-import { taskAnswer } from '../tasks/schemas.ts';
+import { taskSummary } from '../tasks/schemas.ts';
 import type { Project } from './projects.ts';
 
 const LISTED = PROJECT_STATUSES.filter((status) => status !== 'deleted');
@@ -71,7 +71,7 @@ export const projectAnswer = z.object(projectFields).meta({ id: 'Project' });
 export const projectDetail = z
   .object({
     ...projectFields,
-    tasks: z.array(taskAnswer),
+    tasks: z.array(taskSummary),
     tasks_has_more: z.boolean(),
     tasks_next_cursor: z.string().nullable(),
   })

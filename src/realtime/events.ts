@@ -38,7 +38,7 @@ const WRITE = {
 };
 
 /** Writes events in the transaction that caused them, in their order, and wakes the relay when it has committed. */
-export async function emitEvents(tx: Tx, events: readonly NewEvent[]): Promise<void> {
+export function emitEvents(tx: Tx, events: readonly NewEvent[]): void {
   if (events.length === 0) return;
   const rows = events.map((event) => ({
     user_id: event.userId,
@@ -50,6 +50,6 @@ export async function emitEvents(tx: Tx, events: readonly NewEvent[]): Promise<v
     agent_id: event.agentId,
     data: JSON.stringify(event.data),
   }));
-  await tx.query({ ...WRITE, values: [JSON.stringify(rows)] });
+  tx.write({ ...WRITE, values: [JSON.stringify(rows)] });
   tx.ring(OUTBOX_TOPIC);
 }

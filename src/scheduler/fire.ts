@@ -1,3 +1,4 @@
+import { changedFields, recordAudits } from '../audit/record.ts';
 import type { Database, Tx } from '../db/database.ts';
 import { cancelOpenExecutions } from '../executions/executions.ts';
 import { QUEUE_TOPIC, queueDetail } from '../executions/queue.ts';
@@ -97,13 +98,13 @@ const WRITE = {
       join decided d on d.task_id = k.task_id and d.scheduled_for = k.scheduled_for and d.fire
       join tasks t on t.id = k.task_id
       order by k.scheduled_for, k.id
-      returning id, task_id, available_at
+      returning id, task_id, scheduled_for, available_at
     ), moved as (
       update tasks t set next_run_at = n.next_run_at, status = n.status
       from jsonb_to_recordset($2) as n(task_id bigint, next_run_at timestamptz, status text)
       where t.id = n.task_id
     )
-    select id, task_id, available_at is not null as available from runs order by id`,
+    select id, task_id, scheduled_for, available_at is not null as available from runs order by id`,
 };
 
 /**
@@ -135,11 +136,11 @@ async function fire(tx: Tx, rows: readonly DueRow[]): Promise<void> {
     moves.push({ task_id: row.id, next_run_at: nextRunAt?.toISOString() ?? null, status });
     after.set(row.id, { ...row, status, next: nextRunAt, previous: row.status });
   }
-  const { rows: runs } = await tx.query<{ id: number; task_id: number; available: boolean }>({
+  const { rows: runs } = await tx.query<NewRun>({
     ...WRITE,
     values: [JSON.stringify(decisions), JSON.stringify(moves)],
   });
-  await tell(tx, after, runs);
+  tell(tx, after, runs);
 }
 
 /** The due ticks of a task with their verdicts, and its next time. */
@@ -186,11 +187,34 @@ function mayFire(policy: Task['overlapPolicy'], open: boolean, queued: number): 
   }
 }
 
-async function tell(
+interface NewRun {
+  id: number;
+  task_id: number;
+  scheduled_for: Date;
+  available: boolean;
+}
+
+function tell(
   tx: Tx,
   tasks: ReadonlyMap<number, DueRow & { next: Date | null; previous: Task['status'] }>,
-  runs: readonly { id: number; task_id: number; available: boolean }[],
-): Promise<void> {
+  runs: readonly NewRun[],
+): void {
+  recordAudits(
+    tx,
+    null,
+    runs.map((run) => ({
+      operation: 'CREATE',
+      entityType: 'execution',
+      entityId: run.id,
+      ownerId: tasks.get(run.task_id)?.user_id ?? null,
+      changedFields: changedFields(null, {
+        taskId: run.task_id,
+        trigger: 'schedule',
+        status: 'queued',
+        scheduledFor: run.scheduled_for,
+      }),
+    })),
+  );
   const events: NewEvent[] = [];
   const runsOf = new Map<number, typeof runs>();
   for (const run of runs) runsOf.set(run.task_id, [...(runsOf.get(run.task_id) ?? []), run]);
@@ -207,7 +231,7 @@ async function tell(
     if (started.length === 0) events.push(taskStatusUpdate(task, { previousStatus: row.previous }));
     if (row.schedule_cron !== null) events.push(calendarEvent('updated', task));
   }
-  await emitEvents(tx, events);
+  emitEvents(tx, events);
 }
 
 /** What events tell of a task. */

@@ -1,5 +1,6 @@
 import { and, asc, eq, inArray, lt, sql } from 'drizzle-orm';
 import { lockAgents } from '../agents/agents.ts';
+import { changedFields, recordAudits } from '../audit/record.ts';
 import type { Database } from '../db/database.ts';
 import { executions } from '../db/schema.ts';
 import { settleEnd } from '../executions/settle.ts';
@@ -54,6 +55,17 @@ export async function reapLeases(db: Database): Promise<number> {
         ),
       )
       .returning();
+    recordAudits(
+      tx,
+      null,
+      lost.map((run) => ({
+        operation: 'UPDATE',
+        entityType: 'execution',
+        entityId: run.id,
+        ownerId: run.userId,
+        changedFields: changedFields({ status: 'running' }, { status: run.status, cause: run.cause }),
+      })),
+    );
     for (const run of lost) {
       const task = tasks.get(run.taskId);
       const agent = run.agentId === null ? undefined : agents.get(run.agentId);

@@ -17,13 +17,13 @@ export interface TaskChange {
 }
 
 /** Writes the audit entries and the events of changes, and wakes the scheduler for each new next time. */
-export async function tellChanges(
+export function tellChanges(
   tx: Tx,
   actor: Actor,
   operation: (typeof AUDIT_OPERATIONS)[number],
   changes: readonly TaskChange[],
-): Promise<void> {
-  await recordAudits(
+): void {
+  recordAudits(
     tx,
     actor,
     changes.map(({ before, after }) => ({
@@ -34,7 +34,7 @@ export async function tellChanges(
       changedFields: changedFields(before && audited(before), audited(after)),
     })),
   );
-  await emitEvents(
+  emitEvents(
     tx,
     changes.flatMap(({ before, after }) => {
       const calendar = calendarChange(before, after);

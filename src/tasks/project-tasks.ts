@@ -23,7 +23,7 @@ export async function deleteTasksOf(tx: Tx, actor: Actor, projectId: number): Pr
       tx,
       before.map((task) => ({ task, status: taskTransition(task.status, 'deleted'), nextRunAt: null, mark: false })),
     );
-    await tellChanges(tx, actor, 'DELETE', changes);
+    tellChanges(tx, actor, 'DELETE', changes);
     await cancelQueuedExecutions(
       tx,
       actor,
@@ -43,7 +43,7 @@ export async function pauseTasksOf(tx: Tx, actor: Actor, projectId: number): Pro
         tx,
         before.map((task) => ({ task, status: taskTransition(task.status, 'paused'), nextRunAt: null, mark: true })),
       );
-      await tellChanges(tx, actor, 'UPDATE', changes);
+      tellChanges(tx, actor, 'UPDATE', changes);
     },
   );
 }
@@ -70,7 +70,7 @@ export async function resumeTasksOf(tx: Tx, actor: Actor, projectId: number): Pr
         mark: false,
       })),
     );
-    await tellChanges(tx, actor, 'UPDATE', changes);
+    tellChanges(tx, actor, 'UPDATE', changes);
   });
 }
 

@@ -1,5 +1,6 @@
 import { and, asc, eq, gte, lt, type SQL, sql } from 'drizzle-orm';
-import type { Queryable, Tx } from '../db/database.ts';
+import { coalesced } from '../db/coalesce.ts';
+import type { Database, Queryable, Tx } from '../db/database.ts';
 import { rowsOf } from '../db/rows.ts';
 import { occurrences, tasks } from '../db/schema.ts';
 import { type Actor, ownedBy, requireAccess } from '../http/access.ts';
@@ -22,19 +23,31 @@ export async function databaseNow(q: Queryable): Promise<Date> {
 const taskOf = rowsOf(tasks);
 const GET = { name: 'task-get', text: `select * from tasks where id = $1 and status <> 'deleted'` };
 const LOCK = { name: 'task-lock', text: `${GET.text} for no key update` };
+const GET_MANY = {
+  name: 'tasks-get',
+  text: `
+    select t.* from unnest($1::bigint[]) with ordinality w(id, n)
+    left join tasks t on t.id = w.id and t.status <> 'deleted' order by w.n`,
+};
 
 /** One task by the owner rule: 404 when there is none or it was deleted, 403 when it is somebody else's. */
 export async function getTask(q: Queryable, actor: Actor, id: number): Promise<Task> {
-  return read(q, GET, actor, id);
+  const { rows } = await q.query({ ...GET, values: [id] });
+  return requireAccess(actor, rows[0] && taskOf(rows[0]), 'task', id);
+}
+
+/** The same as getTask, of which any number may be asked for at once: they share queries. */
+export function taskReader(db: Database): (actor: Actor, id: number) => Promise<Task> {
+  const find = coalesced(async (ids: number[]) => {
+    const { rows } = await db.query({ ...GET_MANY, values: [ids] });
+    return rows.map((row) => (row['id'] === null ? undefined : taskOf(row)));
+  });
+  return async (actor, id) => requireAccess(actor, await find(id), 'task', id);
 }
 
 /** The same, with the row locked until the transaction ends; runs of the task may still refer to it. */
 export async function lockTask(tx: Tx, actor: Actor, id: number): Promise<Task> {
-  return read(tx, LOCK, actor, id);
-}
-
-async function read(q: Queryable, statement: typeof GET, actor: Actor, id: number): Promise<Task> {
-  const { rows } = await q.query({ ...statement, values: [id] });
+  const { rows } = await tx.query({ ...LOCK, values: [id] });
   return requireAccess(actor, rows[0] && taskOf(rows[0]), 'task', id);
 }
 

@@ -18,7 +18,7 @@ import {
 } from './calendar-schemas.ts';
 import { listOccurrences } from './occurrences.ts';
 import { previewAnswer, previewBody, previewQuery, previewSchedule, previewTask } from './preview.ts';
-import { databaseNow, getTask, listTasks } from './queries.ts';
+import { databaseNow, getTask, listTasks, taskReader } from './queries.ts';
 import {
   createTaskBody,
   historyQuery,
@@ -28,6 +28,7 @@ import {
   taskDetail,
   taskList,
   taskQuery,
+  taskSummaryView,
   taskView,
   updateTaskBody,
 } from './schemas.ts';
@@ -38,6 +39,7 @@ export function taskRoutes(app: App, { db }: Deps): void {
   const read = { access: { rule: 'owner', scopes: ['read'] } } as const;
   const write = { access: { rule: 'owner', scopes: ['write'] } } as const;
   const tags = ['tasks'];
+  const readTask = taskReader(db);
 
   app.post(
     '/tasks',
@@ -74,7 +76,7 @@ export function taskRoutes(app: App, { db }: Deps): void {
     },
     async (request) => {
       const { rows, ...page } = await listTasks(db, request.actor, request.query);
-      return { tasks: rows.map(taskView), ...page };
+      return { tasks: rows.map(taskSummaryView), ...page };
     },
   );
 
@@ -91,7 +93,7 @@ export function taskRoutes(app: App, { db }: Deps): void {
       },
     },
     async (request, reply) => {
-      const task = await getTask(db, request.actor, request.params.id);
+      const task = await readTask(request.actor, request.params.id);
       const executions = await recentExecutions(db, task.id, request.query.history_limit);
       return reply
         .header('etag', etag(task))

@@ -181,7 +181,18 @@ const taskFields = {
 export const taskAnswer = z.object(taskFields).meta({ id: 'Task' });
 /** A task with its latest runs, newest first. */
 export const taskDetail = z.object({ ...taskFields, executions: z.array(executionSummary) }).meta({ id: 'TaskDetail' });
-export const taskList = z.object({ tasks: z.array(taskAnswer), ...pageAnswer });
+/** How large the params are that lists carry: with all of a hundred tasks, an answer would be 6 MB. */
+const LISTED_PARAMS_BYTES = 8_192;
+/** A task as lists have it: of its params only small ones. */
+export const taskSummary = z
+  .object({
+    ...taskFields,
+    params: taskFields.params
+      .nullable()
+      .meta({ description: `In lists null when larger than ${LISTED_PARAMS_BYTES} bytes: get the task.` }),
+  })
+  .meta({ id: 'TaskSummary' });
+export const taskList = z.object({ tasks: z.array(taskSummary), ...pageAnswer });
 export const taskDeleted = z.object({ message: z.string(), task_id: id, status: z.enum(['deleted']) });
 
 /** A task on the wire. */
@@ -211,6 +222,12 @@ export function taskView(task: Task): z.input<typeof taskAnswer> {
     created_at: toTime(task.createdAt),
     updated_at: toTime(task.updatedAt),
   };
+}
+
+/** A task as lists have it. */
+export function taskSummaryView(task: Task): z.input<typeof taskSummary> {
+  const large = Buffer.byteLength(JSON.stringify(task.params)) > LISTED_PARAMS_BYTES;
+  return { ...taskView(task), params: large ? null : task.params };
 }
 
 /** The word for a priority as the table has it: its place in PRIORITIES. */

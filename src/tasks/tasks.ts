@@ -2,6 +2,7 @@ import { isDeepStrictEqual } from 'node:util';
 import { eq, sql } from 'drizzle-orm';
 import { type Agent, holdAgent } from '../agents/agents.ts';
 import type { Tx } from '../db/database.ts';
+import { insertInto, rowsOf } from '../db/rows.ts';
 import { PRIORITIES, tasks } from '../db/schema.ts';
 import { cancelQueuedExecutions, enqueueExecution, hasRunningExecution } from '../executions/executions.ts';
 import type { Execution } from '../executions/schemas.ts';
@@ -16,6 +17,28 @@ import { databaseNow, hasTicked, lockTask } from './queries.ts';
 import type { CreateTask, UpdateTask } from './schemas.ts';
 import type { Task } from './task-events.ts';
 import { taskTransition } from './task-state.ts';
+
+const taskOf = rowsOf(tasks);
+/** A new task: what its creator gives, and where that puts it. */
+const insertTask = insertInto(tasks, [
+  'userId',
+  'nextRunAt',
+  'name',
+  'skillName',
+  'projectId',
+  'params',
+  'priority',
+  'scheduleCron',
+  'timezone',
+  'runAt',
+  'overlapPolicy',
+  'misfirePolicy',
+  'maxAttempts',
+  'retryBackoffSeconds',
+  'timeoutSeconds',
+  'agentId',
+  'requiredCapabilities',
+]);
 
 // What can be done with a task. Each function works in the transaction it is given: the row, locked before it is changed,
 // its audit entry and its events are written together or not at all. What changes nothing writes nothing.
@@ -32,21 +55,18 @@ type Schedule = Pick<Task, 'scheduleCron' | 'timezone' | 'runAt'>;
 /** Creates a task of the caller's and sets its next time. Throws a 400 that names the field it cannot take. */
 export async function createTask(tx: Tx, actor: Actor, input: CreateTask): Promise<Task> {
   const schedule = { scheduleCron: input.schedule_cron, timezone: input.timezone, runAt: input.run_at ?? null };
-  const now = await databaseNow(tx);
-  checkSchedule(schedule, now);
+  const onDemand = schedule.scheduleCron === null && schedule.runAt === null;
+  const now = onDemand ? null : await databaseNow(tx);
+  if (now) checkSchedule(schedule, now);
   if (input.agent_id !== null) checkAgent(await holdAgent(tx, input.agent_id), actor.userId, input.agent_id);
   await moveTask(tx, actor.userId, null, input.project_id);
-  const [task] = await tx.orm
-    .insert(tasks)
-    .values({
-      ...columns(input),
-      skillName: input.skill_name,
-      userId: actor.userId,
-      nextRunAt: firstRun(schedule, now),
-    })
-    .returning();
-  if (!task) throw new Error('The insert answered no row.');
-  await tellChanges(tx, actor, 'CREATE', [{ before: null, after: task }]);
+  const nextRunAt = now && firstRun(schedule, now);
+  const { rows } = await tx.query(
+    insertTask({ ...columns(input), skillName: input.skill_name, userId: actor.userId, nextRunAt }),
+  );
+  if (!rows[0]) throw new Error('The insert answered no row.');
+  const task = taskOf(rows[0]);
+  tellChanges(tx, actor, 'CREATE', [{ before: null, after: task }]);
   return task;
 }
 
@@ -82,7 +102,7 @@ export async function updateTask(
     if (changes.nextRunAt) changes.status = taskTransition(before.status, 'scheduled') ?? before.status;
   }
   const after = await write(tx, before, changes);
-  await tellChanges(tx, actor, 'UPDATE', [{ before, after }]);
+  tellChanges(tx, actor, 'UPDATE', [{ before, after }]);
   return after;
 }
 
@@ -98,7 +118,7 @@ export async function deleteTask(
   const status = taskTransition(before.status, 'deleted') ?? before.status;
   const after = await write(tx, before, { status, nextRunAt: null });
   await moveTask(tx, before.userId, before.projectId, null);
-  await tellChanges(tx, actor, 'DELETE', [{ before, after }]);
+  tellChanges(tx, actor, 'DELETE', [{ before, after }]);
   await cancelQueuedExecutions(tx, actor, [after]);
   return after;
 }
@@ -127,7 +147,7 @@ export async function pauseTask(tx: Tx, actor: Actor, id: number): Promise<Task>
     throw conflict(`The task ${id} is ${before.status} and has no further run to pause: give it a new time instead.`);
   }
   const after = await write(tx, before, { status, nextRunAt: null, pausedWithProject: false });
-  await tellChanges(tx, actor, 'UPDATE', [{ before, after }]);
+  tellChanges(tx, actor, 'UPDATE', [{ before, after }]);
   return after;
 }
 
@@ -145,19 +165,18 @@ export async function resumeTask(tx: Tx, actor: Actor, id: number): Promise<Task
   const fired = before.runAt !== null && (await hasTicked(tx, id, before.runAt));
   const nextRunAt = fired ? null : firstRun(before, await databaseNow(tx));
   const after = await write(tx, before, { status, nextRunAt, pausedWithProject: false });
-  await tellChanges(tx, actor, 'UPDATE', [{ before, after }]);
+  tellChanges(tx, actor, 'UPDATE', [{ before, after }]);
   return after;
 }
 
 /** The fields of a body as columns; what was not given is undefined. */
 function columns(input: UpdateTask) {
-  const { priority } = input;
   return {
     name: input.name,
     skillName: input.skill_name,
     projectId: input.project_id,
     params: input.params,
-    priority: priority && PRIORITIES.indexOf(priority),
+    priority: input.priority && PRIORITIES.indexOf(input.priority),
     scheduleCron: input.schedule_cron,
     timezone: input.timezone,
     runAt: input.run_at,

@@ -61,6 +61,52 @@ describe('GET /audit', () => {
     });
   });
 
+  test('tells what Muster does to runs by itself: fires, hands out, takes back and retries', async () => {
+    const agent = await makeAgent(user.call);
+    const task = await makeTask(user.call, { run_at: new Date(Date.now() + 300).toISOString(), max_attempts: 2 });
+    const run = await agent.claimOne();
+    await server.db.query({
+      text: `update executions set lease_expires_at = now() - interval '1 second' where id = $1`,
+      values: [run.execution_id],
+    });
+    const again = await agent.claimOne();
+    expect(again.attempt).toBe(2);
+    const told = async (id: number) =>
+      (await get(`?entity_type=execution&entity_id=${id}&sort_order=asc`)).entries.map(
+        ({ operation, user_id, changed_fields: fields }: Record<string, unknown>) => ({ operation, user_id, fields }),
+      );
+    const taken = {
+      operation: 'UPDATE',
+      user_id: user.id,
+      fields: { status: { old: 'queued', new: 'running' }, agent_id: { old: null, new: agent.id } },
+    };
+    expect(await told(run.execution_id)).toEqual([
+      {
+        operation: 'CREATE',
+        user_id: null,
+        fields: expect.objectContaining({
+          task_id: { old: null, new: task.id },
+          trigger: { old: null, new: 'schedule' },
+          status: { old: null, new: 'queued' },
+        }),
+      },
+      taken,
+      {
+        operation: 'UPDATE',
+        user_id: null,
+        fields: { status: { old: 'running', new: 'failed' }, cause: { old: null, new: 'lease_lost' } },
+      },
+    ]);
+    expect(await told(again.execution_id)).toEqual([
+      {
+        operation: 'CREATE',
+        user_id: null,
+        fields: expect.objectContaining({ retry_of: { old: null, new: run.execution_id } }),
+      },
+      taken,
+    ]);
+  });
+
   test('filters and pages without holes', async () => {
     const agent = await makeAgent(user.call);
     for (let i = 0; i < 4; i++) await makeTask(user.call);
@@ -204,7 +250,7 @@ describe('the chain', () => {
       query: (statement: any) => client.query(statement) as any,
     };
     // Thirteen kinds, and more than two hundred attacks in all.
-    const ROUNDS = 16;
+    const ROUNDS = 77;
     const attacks: [string, (i: number) => [sql: string, values: unknown[], first: number | undefined]][] = [
       [
         'change',

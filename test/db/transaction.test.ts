@@ -1,6 +1,6 @@
 import type pg from 'pg';
 import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest';
-import { CommitUnknownError, createDatabase, type Database } from '../../src/db/database.ts';
+import { CommitUnknownError, createDatabase, type Database, type Tx } from '../../src/db/database.ts';
 import type { Bus } from '../../src/platform/bus.ts';
 import { createLogger } from '../../src/platform/logger.ts';
 import { createPool } from '../../src/platform/postgres.ts';
@@ -45,6 +45,44 @@ describe('a transaction', () => {
     expect(answer).toBe('done');
     expect(rings).toEqual(['after']);
     expect(await count()).toBe(1);
+    idle();
+  });
+
+  test('does what it sends without waiting, in order, before its commit', async () => {
+    const before = await count();
+    const seen = await db.transaction(async (tx) => {
+      tx.write(insert(100));
+      tx.write({ text: 'update things set n = 7 where id = 100' });
+      return tx.query<{ n: number }>({ text: 'select n from things where id = 100' });
+    });
+    expect(seen.rows).toEqual([{ n: 7 }]);
+    await db.transaction(async (tx) => tx.write({ text: 'delete from things where id = 100' }));
+    expect(await count()).toBe(before);
+    idle();
+  });
+
+  test('fails as what it sent without waiting failed, and leaves nothing, whatever comes after', async () => {
+    const before = await count();
+    const twice = async (after: (tx: Tx) => unknown) =>
+      db.transaction(async (tx) => {
+        tx.write(insert(101));
+        tx.write(insert(101));
+        tx.ring('after');
+        await after(tx);
+      });
+    rings.length = 0;
+    for (const after of [
+      () => {},
+      (tx: Tx) => tx.query({ text: 'select 1' }),
+      (tx: Tx) => tx.write(insert(102)),
+      () => {
+        throw new Error('later');
+      },
+    ]) {
+      await expect(twice(after)).rejects.toMatchObject({ code: '23505' });
+    }
+    expect(rings).toEqual([]);
+    expect(await count()).toBe(before);
     idle();
   });
 

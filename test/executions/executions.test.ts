@@ -344,6 +344,11 @@ describe('complete', () => {
       {
         operation: 'UPDATE',
         user_id: user.id,
+        changed_fields: { status: { old: 'queued', new: 'running' }, agent_id: { old: null, new: agent.id } },
+      },
+      {
+        operation: 'UPDATE',
+        user_id: user.id,
         changed_fields: { status: { old: 'running', new: 'success' } },
       },
     ]);

@@ -97,7 +97,7 @@ async function write(db: Database): Promise<Set<string>> {
         const abandoned = n % 7 === 6;
         await db
           .transaction(async (tx) => {
-            await emitEvents(tx, [numbered(n, { userId: 1, data: { writer } })]);
+            emitEvents(tx, [numbered(n, { userId: 1, data: { writer } })]);
             await tx.query({ text: 'select pg_sleep($1)', values: [Math.random() * 0.01] });
             if (abandoned) throw new Error('abandoned');
           })

@@ -119,7 +119,7 @@ export function numbered(n: number, fields: Partial<NewEvent> & { userId: number
 
 /** Writes events in a transaction of their own, as nouns do. */
 export function emit(db: Database, ...events: NewEvent[]): Promise<void> {
-  return db.transaction((tx) => emitEvents(tx, events));
+  return db.transaction(async (tx) => emitEvents(tx, events));
 }
 
 /** A connection to a server on which anything can be said. */

@@ -400,3 +400,32 @@ describe('GET /tasks/{id}', () => {
     expectProblem(await server.admin('GET', '/tasks/9007199254740991'), 404);
   });
 });
+
+test('the largest lists stay small, whatever the tasks hold, and tell what they leave out', async () => {
+  const user = await server.newUser();
+  const project = (await user.call('POST', '/projects', { name: 'large' })).body;
+  const params = { a: 'x'.repeat(65_000) };
+  const { id } = await makeTask(user.call, { params, project_id: project.id });
+  await server.db.query({
+    text: `insert into tasks (user_id, project_id, skill_name, params)
+      select $1, $2, 's', $3::jsonb from generate_series(1, 100)`,
+    values: [user.id, project.id, JSON.stringify(params)],
+  });
+  await server.db.query({
+    text: `insert into audit_log (user_id, owner_id, operation, entity_type, entity_id, changed_fields)
+      select $1, $1, 'UPDATE', 'task', $2, jsonb_build_object('params', jsonb_build_object('old', $3::jsonb, 'new', $3::jsonb))
+      from generate_series(1, 100)`,
+    values: [user.id, id, JSON.stringify(params)],
+  });
+  for (const path of ['/tasks?limit=100', `/projects/${project.id}?tasks_limit=100`]) {
+    const { body } = await user.call('GET', path);
+    expect(body.tasks).toHaveLength(100);
+    expect(JSON.stringify(body).length, path).toBeLessThan(4 * 1_048_576);
+    expect(body.tasks[0].params).toBeNull();
+  }
+  const { body: audit } = await user.call('GET', '/audit?limit=100');
+  expect(audit.entries).toHaveLength(100);
+  expect(JSON.stringify(audit).length).toBeLessThan(4 * 1_048_576);
+  expect(audit.entries[0].changed_fields).toEqual({ params: { old: null, new: null, omitted: true } });
+  expect((await user.call('GET', `/tasks/${id}`)).body.params).toEqual(params);
+});
