@@ -1,8 +1,10 @@
 import { readFileSync } from 'node:fs';
 import { isIP } from 'node:net';
+import { availableParallelism } from 'node:os';
 import { resolve } from 'node:path';
 import { parseEnv } from 'node:util';
 import { z } from 'zod';
+import { readRedisUrl } from './platform/redis.ts';
 import { StartupError } from './platform/startup-error.ts';
 
 // The only reader of process.env. Every variable is in .env.example with its default; test/config.test.ts keeps the two in step.
@@ -61,7 +63,18 @@ const variables = z.object({
   DATABASE_URL: url(['postgres:', 'postgresql:'], 'postgres://user:password@host:5432/muster').optional(),
   DATABASE_DIRECT_URL: url(['postgres:', 'postgresql:'], 'postgres://user:password@host:5432/muster').optional(),
   DATABASE_POOL_SIZE: integer(2, 200, ' connections').prefault('10'),
-  REDIS_URL: url(['redis:', 'rediss:'], 'redis://host:6379').optional(),
+  REDIS_URL: z
+    .string()
+    .refine((text) => readRedisUrl(text) !== undefined, {
+      error: 'a URL such as redis://host:6379, redis+sentinel://host1,host2/master or redis+cluster://host1,host2',
+    })
+    .optional(),
+  WORKERS: z
+    .string()
+    .regex(/^(auto|[1-9]\d{0,2})$/, { error: 'a number of processes from 1 to 999, or auto for one per core' })
+    .default('1'),
+  TLS_CERT_FILE: z.string().min(1, { error: 'a PEM file' }).optional(),
+  TLS_KEY_FILE: z.string().min(1, { error: 'a PEM file' }).optional(),
   LOG_LEVEL: z
     .enum(['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'], {
       error: 'fatal, error, warn, info, debug, trace or silent',
@@ -88,6 +101,8 @@ const variables = z.object({
   SHUTDOWN_TIMEOUT_SECONDS: integer(1, 600, ' seconds').prefault('20'),
   AGENT_OFFLINE_AFTER_SECONDS: integer(5, 86400, ' seconds').prefault('60'),
   LEASE_SECONDS: integer(2, 3600, ' seconds').prefault('30'),
+  WS_MAX_CONNECTIONS_PER_USER: integer(1, 1000000, ' connections').prefault('200'),
+  WS_MAX_CONNECTIONS_PER_ADDRESS: integer(1, 1000000, ' connections').prefault('1000'),
   WS_MAX_BUFFERED_BYTES: integer(65536, 67108864, ' bytes').prefault('1048576'),
 });
 
@@ -98,6 +113,8 @@ export type Config = Readonly<
   z.output<typeof variables> & {
     /** True when no DATABASE_URL is given and Muster starts its own Postgres. */
     embedded: boolean;
+    /** How many processes serve. */
+    workers: number;
     /** True where plain users may register themselves. */
     registrationOpen: boolean;
   }
@@ -127,6 +144,9 @@ export function readConfig(env: Record<string, string | undefined> = process.env
   if (production && sources === 0) {
     throw new StartupError('NODE_ENV=production needs JWT_SECRET, JWT_JWKS_URL or JWT_PUBLIC_KEY_FILE.');
   }
+  if ((config.TLS_CERT_FILE === undefined) !== (config.TLS_KEY_FILE === undefined)) {
+    throw new StartupError('TLS_CERT_FILE and TLS_KEY_FILE must be set together.');
+  }
   if (production && config.JWT_JWKS_URL?.startsWith('http:')) {
     throw new StartupError('JWT_JWKS_URL must be an https URL in production.');
   }
@@ -134,6 +154,7 @@ export function readConfig(env: Record<string, string | undefined> = process.env
     ...config,
     DATA_DIR: resolve(folder, config.DATA_DIR),
     embedded: config.DATABASE_URL === undefined,
+    workers: config.WORKERS === 'auto' ? availableParallelism() : Number(config.WORKERS),
     registrationOpen: (config.AUTH_REGISTRATION ?? (production ? 'closed' : 'open')) === 'open',
   };
 }

@@ -1,14 +1,17 @@
+import cluster from 'node:cluster';
 import { readFileSync } from 'node:fs';
 import { createServer } from 'node:net';
 import closeWithGrace from 'close-with-grace';
 import { ensureFirstAdmin, type FirstAdmin } from './auth/first-admin.ts';
 import { loadJwtSecret } from './auth/jwt-secret.ts';
 import { type Config, readConfig } from './config.ts';
+import type { Database } from './db/database.ts';
 import { startEmbeddedPostgres } from './platform/embedded-postgres.ts';
 import { createLogger } from './platform/logger.ts';
 import { StartupError } from './platform/startup-error.ts';
 import { onStopSignals } from './platform/stop-signals.ts';
-import { listenError, startMuster } from './start.ts';
+import { listenError, prepareDatabase, startMuster } from './start.ts';
+import { type ReadyMessage, superviseWorkers } from './supervisor.ts';
 
 const { version } = JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')) as {
   version: string;
@@ -17,11 +20,15 @@ const { version } = JSON.parse(readFileSync(new URL('../package.json', import.me
 /** Signals of a fault in the process itself. Who listens to them returns to the fault, for ever: they must end it. */
 const CRASHES = ['SIGSEGV', 'SIGBUS', 'SIGFPE', 'SIGILL', 'SIGTRAP', 'SIGABRT'] as const;
 
+/** How much longer than its workers the primary gets to stop. */
+const WORKERS_GRACE_MS = 5_000;
+
 async function main(): Promise<void> {
   const config = readConfig();
   const logger = createLogger(config.LOG_LEVEL, process.stdout.isTTY && config.NODE_ENV !== 'production');
+  const supervises = cluster.isPrimary && config.workers > 1;
   // Before anything is made or started: a taken port is what most often stops a start.
-  await requireFreePort(config);
+  if (cluster.isPrimary) await requireFreePort(config);
   const jwtSecret = await loadJwtSecret(config);
 
   // What is started comes off in the opposite order, also when the signal arrives in the middle of the start, which then
@@ -29,7 +36,11 @@ async function main(): Promise<void> {
   const closers: (() => Promise<void>)[] = [];
   let stopping = false;
   const grace = closeWithGrace(
-    { delay: config.SHUTDOWN_TIMEOUT_SECONDS * 1000, logger, skip: ['SIGINT', 'SIGTERM', ...CRASHES] },
+    {
+      delay: config.SHUTDOWN_TIMEOUT_SECONDS * 1000 + (supervises ? WORKERS_GRACE_MS : 0),
+      logger,
+      skip: ['SIGINT', 'SIGTERM', 'SIGHUP', ...CRASHES],
+    },
     async ({ err }) => {
       stopping = true;
       if (err) logger.fatal({ err }, 'stopping after an error that nobody handled');
@@ -47,6 +58,21 @@ async function main(): Promise<void> {
       process.exit(1);
     },
   );
+
+  // Without the primary nobody hands out connections, nor starts this one anew.
+  if (cluster.isWorker) {
+    process.once('disconnect', () => {
+      if (stopping) return;
+      logger.warn('the primary is gone: stopping');
+      grace.close();
+    });
+  }
+  let reload: (() => void) | undefined;
+  process.on('SIGHUP', () => {
+    // A terminal that closes says the same to what runs in it.
+    if (process.stdout.isTTY) grace.close();
+    else reload?.();
+  });
 
   let { DATABASE_URL: databaseUrl, DATABASE_DIRECT_URL: directUrl = databaseUrl } = config;
   if (databaseUrl === undefined) {
@@ -69,6 +95,30 @@ async function main(): Promise<void> {
 
   let admin: FirstAdmin | undefined;
   try {
+    const prepare = async (db: Database) => {
+      if (config.embedded) admin = await ensureFirstAdmin(db, config.DATA_DIR);
+    };
+    if (supervises) {
+      const urls = { databaseUrl, directUrl: directUrl ?? databaseUrl };
+      await prepareDatabase({ ...urls, logger, prepare });
+      if (stopping) return;
+      const supervisor = superviseWorkers({
+        count: config.workers,
+        env: { DATABASE_URL: urls.databaseUrl, DATABASE_DIRECT_URL: urls.directUrl },
+        stopTimeoutMs: config.SHUTDOWN_TIMEOUT_SECONDS * 1000,
+        logger,
+      });
+      closers.push(supervisor.stop);
+      const url = await supervisor.started.catch(() => {
+        throw new StartupError('The workers could not start: see above.');
+      });
+      reload = () => {
+        logger.info('replacing the workers');
+        void supervisor.restart();
+      };
+      if (!stopping) print(greeting(url, admin));
+      return;
+    }
     const running = await startMuster({
       config,
       logger,
@@ -76,12 +126,16 @@ async function main(): Promise<void> {
       directUrl: directUrl ?? databaseUrl,
       jwtSecret,
       version,
-      prepare: async (db) => {
-        if (config.embedded) admin = await ensureFirstAdmin(db, config.DATA_DIR);
-      },
+      prepare,
     });
     closers.push(running.stop);
-    if (!stopping) print(greeting(running.url, admin));
+    if (stopping) return;
+    if (cluster.isWorker) {
+      process.send?.({ ready: running.url } satisfies ReadyMessage);
+      return;
+    }
+    reload = running.reload;
+    print(greeting(running.url, admin));
   } catch (error) {
     if (stopping) return;
     for (let close = closers.pop(); close; close = closers.pop()) await close();

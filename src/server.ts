@@ -23,11 +23,24 @@ import type { Feed } from './realtime/feed.ts';
 import { realtimeRoutes } from './realtime/routes.ts';
 import { taskRoutes } from './tasks/routes.ts';
 
+const CONNECTIONS = { headersTimeout: 10_000, connectionsCheckingInterval: 5_000, maxHeaderSize: 16_384 };
+
+/** A certificate and its key, as PEM. */
+export interface TlsPair {
+  cert: Buffer;
+  key: Buffer;
+}
+
 /** Builds the server: every plugin and every noun, in the order in which a request meets them. */
 export async function buildServer(
-  deps: Omit<Deps, 'limits'> & { jwtSecret: string | undefined; version: string; feed: Feed },
+  deps: Omit<Deps, 'limits'> & {
+    jwtSecret: string | undefined;
+    version: string;
+    feed: Feed;
+    tls?: TlsPair | undefined;
+  },
 ): Promise<{ app: App; drain: Drain }> {
-  const { config, logger, version } = deps;
+  const { config, logger, version, tls } = deps;
   const app = fastify({
     loggerInstance: logger as FastifyBaseLogger,
     // One line a request, below, instead of two.
@@ -42,7 +55,7 @@ export async function buildServer(
     keepAliveTimeout: 5_000,
     // Slow senders are cut: headers within 10 s, the whole request within 15 s. Answers may take longer (long polls).
     requestTimeout: 15_000,
-    http: { headersTimeout: 10_000, connectionsCheckingInterval: 5_000, maxHeaderSize: 16_384 },
+    ...(tls ? { https: { ...tls, ...CONNECTIONS } as never } : { http: CONNECTIONS }),
     routerOptions: { ignoreTrailingSlash: true, maxParamLength: 128 },
   }).withTypeProvider<ZodTypeProvider>();
   // Node drops headers past the two-thousandth without a word, Authorization and X-Forwarded-For among them
@@ -80,10 +93,10 @@ export async function buildServer(
   });
   await compressAnswers(app, { except: /^\/api\/v1\/auth\// });
   const limits = await rateLimits(app, config, deps.redis);
-  const { verify, tokens } = await credentials(app, deps, deps.jwtSecret);
+  const { verify, stillGood, tokens } = await credentials(app, deps, deps.jwtSecret);
   authenticate(app, verify, limits);
   await describeApi(app, version);
-  const all = { ...deps, limits, drain, tokens };
+  const all = { ...deps, limits, drain, tokens, verify, stillGood };
   healthRoutes(app, all);
   await realtimeRoutes(app, all);
   await app.register(

@@ -1,10 +1,12 @@
+import { readFileSync } from 'node:fs';
 import type { AddressInfo } from 'node:net';
+import { createSecureContext, type Server as TlsServer } from 'node:tls';
 import { startSealer } from './audit/seal.ts';
 import type { Config } from './config.ts';
 import { createDatabase, type Database, sqlState } from './db/database.ts';
 import { migrateDatabase } from './db/migrate.ts';
 import type { App } from './http/app.ts';
-import { createPostgresBus } from './platform/bus.ts';
+import { createBus } from './platform/bus.ts';
 import type { Logger } from './platform/logger.ts';
 import { createClient, createPool } from './platform/postgres.ts';
 import { connectRedis } from './platform/redis.ts';
@@ -12,7 +14,7 @@ import { StartupError } from './platform/startup-error.ts';
 import { createFeed } from './realtime/feed.ts';
 import { startRelay } from './realtime/relay.ts';
 import { startScheduler } from './scheduler/scheduler.ts';
-import { buildServer } from './server.ts';
+import { buildServer, type TlsPair } from './server.ts';
 
 /** A server that listens. */
 export interface Running {
@@ -20,6 +22,8 @@ export interface Running {
   url: string;
   app: App;
   db: Database;
+  /** Reads the TLS certificate and key again, for connections from now on. */
+  reload(): void;
   /** Drains and closes everything that was started here; the second call waits for the first. */
   stop(): Promise<void>;
 }
@@ -44,6 +48,7 @@ export async function startMuster(options: StartOptions): Promise<Running> {
   const { config, logger, databaseUrl, directUrl } = options;
   await requireDatabase(directUrl);
   await migrateDatabase(directUrl);
+  const tls = readTls(config);
 
   const closers: (() => Promise<unknown>)[] = [];
   const closeAll = async () => {
@@ -54,7 +59,11 @@ export async function startMuster(options: StartOptions): Promise<Running> {
   try {
     const pool = createPool({ url: databaseUrl, size: config.DATABASE_POOL_SIZE, name: 'muster', logger });
     closers.push(() => pool.end());
-    const bus = await createPostgresBus({ pool, directUrl, logger });
+    const redis = config.REDIS_URL === undefined ? undefined : connectRedis(config.REDIS_URL, logger);
+    if (redis) closers.push(redis.close);
+    // The embedded database has no other server; with several workers, there are other processes.
+    const alone = config.embedded && config.workers === 1;
+    const bus = await createBus({ pool, directUrl, redis, alone, logger });
     closers.push(() => bus.close());
     const db = createDatabase(pool, bus);
     await options.prepare?.(db);
@@ -65,9 +74,7 @@ export async function startMuster(options: StartOptions): Promise<Running> {
     const feed = createFeed({ db, bus, logger });
     feed.start();
     closers.push(() => feed.close());
-    const redis = config.REDIS_URL === undefined ? undefined : connectRedis(config.REDIS_URL, logger);
-    if (redis) closers.push(redis.close);
-    const { app, drain } = await buildServer({ ...options, db, bus, redis, feed });
+    const { app, drain } = await buildServer({ ...options, db, bus, redis, feed, tls });
     closers.push(() => app.close());
     await listen(app, config);
     const scheduler = startScheduler({ db, bus, logger, config });
@@ -82,9 +89,18 @@ export async function startMuster(options: StartOptions): Promise<Running> {
       await closeAll();
     };
     return {
-      url: `http://${host}:${port}`,
+      url: `${tls ? 'https' : 'http'}://${host}:${port}`,
       app,
       db,
+      reload() {
+        if (!tls) return;
+        try {
+          (app.server as unknown as TlsServer).setSecureContext(readTls(config) ?? tls);
+          logger.info('the TLS certificate was read again');
+        } catch (error) {
+          logger.error({ err: error }, 'the TLS certificate could not be read again: the old one stays');
+        }
+      },
       stop: () => {
         stopped ??= stop();
         return stopped;
@@ -94,6 +110,44 @@ export async function startMuster(options: StartOptions): Promise<Running> {
     await closeAll();
     throw error;
   }
+}
+
+/** Migrates the database and does on it what must be done before anybody can call. Throws StartupError as startMuster does. */
+export async function prepareDatabase(options: {
+  databaseUrl: string;
+  directUrl: string;
+  logger: Logger;
+  prepare: (db: Database) => Promise<void>;
+}): Promise<void> {
+  const { databaseUrl, directUrl, logger, prepare } = options;
+  await requireDatabase(directUrl);
+  await migrateDatabase(directUrl);
+  const pool = createPool({ url: databaseUrl, size: 1, name: 'muster-start', logger });
+  try {
+    const bus = await createBus({ pool, directUrl, alone: true, logger });
+    await prepare(createDatabase(pool, bus));
+  } finally {
+    await pool.end();
+  }
+}
+
+/** The certificate and key of TLS_CERT_FILE and TLS_KEY_FILE; undefined when TLS is off. Throws StartupError. */
+function readTls({ TLS_CERT_FILE: certFile, TLS_KEY_FILE: keyFile }: Config): TlsPair | undefined {
+  if (certFile === undefined || keyFile === undefined) return undefined;
+  const read = (name: string, file: string) => {
+    try {
+      return readFileSync(file);
+    } catch (error) {
+      throw new StartupError(`${name} cannot be read (${(error as NodeJS.ErrnoException).code}).`);
+    }
+  };
+  const pair = { cert: read('TLS_CERT_FILE', certFile), key: read('TLS_KEY_FILE', keyFile) };
+  try {
+    createSecureContext(pair);
+  } catch {
+    throw new StartupError('TLS_CERT_FILE and TLS_KEY_FILE must be the PEM files of a certificate and its key.');
+  }
+  return pair;
 }
 
 const OLDEST_POSTGRES = 14;

@@ -300,7 +300,7 @@ function awaitTold(feed: Feed, taskId: number, status: string) {
   let look: (() => void) | undefined;
   const off = feed.subscribe((event) => {
     if (event.topic !== 'tasks' || event.taskId !== taskId) return;
-    const { data } = JSON.parse(event.text) as { data: { execution_id?: number; execution_status?: string } };
+    const { data } = JSON.parse(String(event.text)) as { data: { execution_id?: number; execution_status?: string } };
     if (data.execution_status !== status || data.execution_id === undefined) return;
     heard.add(data.execution_id);
     look?.();

@@ -3,6 +3,7 @@ import { changedFields, recordAudit } from '../audit/record.ts';
 import type { Queryable, Tx } from '../db/database.ts';
 import { apiKeys } from '../db/schema.ts';
 import { type Actor, ownedBy, requireAccess, type Scope } from '../http/access.ts';
+import { CREDENTIALS_TOPIC } from '../http/authenticate.ts';
 import { type Page, type PageRequest, paginate } from '../http/pagination.ts';
 import { Problem } from '../http/problem.ts';
 import { hashSecret, newSecret } from './tokens.ts';
@@ -99,6 +100,7 @@ export async function revokeApiKey(tx: Tx, actor: Actor, id: number): Promise<vo
     .update(apiKeys)
     .set({ revokedAt: sql`now()` })
     .where(and(eq(apiKeys.id, id), ownedBy(actor, apiKeys.userId)));
+  tx.ring(CREDENTIALS_TOPIC);
   recordAudit(tx, actor, {
     operation: 'DELETE',
     entityType: 'api_key',

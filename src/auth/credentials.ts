@@ -4,10 +4,11 @@ import type { Database } from '../db/database.ts';
 import { API_KEY_SCOPES } from '../db/schema.ts';
 import type { Role, Scope } from '../http/access.ts';
 import type { App } from '../http/app.ts';
-import { unauthorized, type VerifyCredential } from '../http/authenticate.ts';
+import { type StillGood, unauthorized, type VerifyCredential } from '../http/authenticate.ts';
 import type { Logger } from '../platform/logger.ts';
 import { type AccessTokens, accessTokens } from './access-tokens.ts';
 import { KEY_PREFIX } from './api-keys.ts';
+import { redeemTicket, TICKET_PREFIX } from './tickets.ts';
 import { hashSecret } from './tokens.ts';
 
 // A credential is an API key or an access token. Both end with a look at the database by primary or unique key, so that a
@@ -49,6 +50,23 @@ const FIND_USERS = {
     order by w.n`,
 };
 
+/** Whether credentials that were good once still are. Served by primary keys and refresh_tokens_family_idx. */
+const STILL_GOOD = {
+  name: 'credential-still-good',
+  text: `
+    select coalesce(u.role = w.role and
+      case when w.api_key_id is not null then exists (
+          select from api_keys k where k.id = w.api_key_id and k.revoked_at is null and (k.expires_at is null or k.expires_at > now()))
+        when w.family is not null then exists (
+          select from refresh_tokens r where r.family_id = w.family and r.user_id = u.id and r.revoked_at is null)
+        else true end, false) as good
+    from unnest($1::bigint[], $2::text[], $3::bigint[], $4::uuid[]) with ordinality w(user_id, role, api_key_id, family, n)
+    left join users u on u.id = w.user_id and u.disabled_at is null
+    order by w.n`,
+};
+/** How many one query looks up. */
+const STILL_GOOD_BATCH = 1_000;
+
 interface FoundKey {
   id: number;
   user_id: number;
@@ -63,7 +81,7 @@ export async function credentials(
   app: App,
   deps: { config: Config; db: Database; logger: Logger },
   secret: string | undefined,
-): Promise<{ verify: VerifyCredential; tokens: AccessTokens }> {
+): Promise<{ verify: VerifyCredential; stillGood: StillGood; tokens: AccessTokens }> {
   const { db, logger } = deps;
   const tokens = await accessTokens(app, deps.config, secret);
   const findKey = coalesced(async (hashes: string[]) => {
@@ -87,18 +105,54 @@ export async function credentials(
         logger.warn({ err: error }, 'the use of an API key was not noted'),
       );
     }
-    return { userId: found.user_id, role: found.role, scopes: found.scopes, expiresAt: found.expires_at };
+    return {
+      userId: found.user_id,
+      role: found.role,
+      scopes: found.scopes,
+      expiresAt: found.expires_at,
+      apiKeyId: found.id,
+      family: null,
+    };
   };
 
   const verifyToken: VerifyCredential = async (text) => {
     const token = await tokens.verify(text);
     const role = await findRole(token);
     if (!role) throw unauthorized('This login has ended: log in again.');
-    return { userId: token.userId, role, scopes: API_KEY_SCOPES, expiresAt: token.expiresAt };
+    return {
+      userId: token.userId,
+      role,
+      scopes: API_KEY_SCOPES,
+      expiresAt: token.expiresAt,
+      apiKeyId: null,
+      family: token.family,
+    };
+  };
+
+  const stillGood: StillGood = async (identities) => {
+    const good: boolean[] = [];
+    for (let from = 0; from < identities.length; from += STILL_GOOD_BATCH) {
+      const batch = identities.slice(from, from + STILL_GOOD_BATCH);
+      const { rows } = await db.query<{ good: boolean }>({
+        ...STILL_GOOD,
+        values: [
+          batch.map(({ userId }) => userId),
+          batch.map(({ role }) => role),
+          batch.map(({ apiKeyId }) => apiKeyId),
+          batch.map(({ family }) => family),
+        ],
+      });
+      good.push(...rows.map((row) => row.good));
+    }
+    return good;
   };
 
   return {
     tokens,
-    verify: (credential) => (credential.startsWith(KEY_PREFIX) ? verifyKey(credential) : verifyToken(credential)),
+    stillGood,
+    verify: (credential, use = 'call') => {
+      if (use === 'connection' && credential.startsWith(TICKET_PREFIX)) return redeemTicket(db, stillGood, credential);
+      return credential.startsWith(KEY_PREFIX) ? verifyKey(credential) : verifyToken(credential);
+    },
   };
 }

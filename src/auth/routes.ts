@@ -18,11 +18,13 @@ import {
   newApiKeyAnswer,
   refreshBody,
   registerBody,
+  ticketAnswer,
   tokenAnswer,
   userAnswer,
   userView,
 } from './schemas.ts';
 import { endSession, recordRefusedLogin, rotateSession, startSession } from './sessions.ts';
+import { createTicket, TICKET_SECONDS } from './tickets.ts';
 import { hashSecret } from './tokens.ts';
 import { createUser, findUser, findUserByEmail, type Visitor } from './users.ts';
 
@@ -139,6 +141,25 @@ export function authRoutes(app: App, deps: Deps & { tokens: AccessTokens }): voi
       const user = await findUser(db, request.actor.userId);
       if (!user) throw unauthorized('There is no such user any more.');
       return userView(user);
+    },
+  );
+
+  app.post(
+    '/auth/ws-ticket',
+    {
+      config: { ...self('read'), limit: 'activity' },
+      schema: {
+        tags,
+        summary: 'Get a ticket that opens one WebSocket or event stream',
+        description:
+          'For browsers, so that no token stands in a URL: `/ws?ticket=…`. It is good once, for half a minute.',
+        response: { 200: ticketAnswer },
+      },
+    },
+    async (request, reply) => {
+      if (!request.identity) throw new Error('The call has no identity.');
+      const ticket = await createTicket(db, request.identity);
+      return reply.header('cache-control', 'no-store').send({ ticket, expires_in: TICKET_SECONDS });
     },
   );
 

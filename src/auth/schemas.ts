@@ -101,3 +101,5 @@ export function apiKeyView(apiKey: ApiKey): z.input<typeof apiKeyAnswer> {
     created_at: toTime(apiKey.createdAt),
   };
 }
+
+export const ticketAnswer = z.object({ ticket: z.string(), expires_in: z.int() }).meta({ id: 'WsTicket' });

@@ -3,6 +3,7 @@ import { and, asc, eq, isNull, sql } from 'drizzle-orm';
 import { recordAudit } from '../audit/record.ts';
 import type { Tx } from '../db/database.ts';
 import { refreshTokens, users } from '../db/schema.ts';
+import { CREDENTIALS_TOPIC } from '../http/authenticate.ts';
 import { hashSecret, newSecret } from './tokens.ts';
 import type { Visitor } from './users.ts';
 
@@ -170,5 +171,6 @@ async function revokeFamily(tx: Tx, familyId: string): Promise<boolean> {
     .update(refreshTokens)
     .set({ revokedAt: sql`now()` })
     .where(and(eq(refreshTokens.familyId, familyId), isNull(refreshTokens.revokedAt)));
+  tx.ring(CREDENTIALS_TOPIC);
   return (rowCount ?? 0) > 0;
 }

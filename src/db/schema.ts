@@ -529,3 +529,21 @@ export const events = pgTable(
     check('events_topic_check', oneOf('topic', EVENT_TOPICS)),
   ],
 );
+
+/** Tickets for opening one WebSocket or event stream (auth/tickets.ts). */
+export const wsTickets = pgTable(
+  'ws_tickets',
+  {
+    ticketHash: text('ticket_hash').primaryKey(),
+    userId: reference('user_id')
+      .notNull()
+      .references(() => users.id),
+    role: text('role', { enum: USER_ROLES }).notNull(),
+    scopes: text('scopes', { enum: API_KEY_SCOPES }).array().notNull(),
+    apiKeyId: reference('api_key_id').references(() => apiKeys.id),
+    familyId: uuid('family_id'),
+    credentialExpiresAt: at('credential_expires_at'),
+    expiresAt: at('expires_at').notNull(),
+  },
+  (t) => [index('ws_tickets_expiry_idx').on(t.expiresAt)],
+);

@@ -60,6 +60,12 @@ export function requireAccess<T extends { userId: number }>(
   return row;
 }
 
+/** Throws 403 unless the credential has one of the scopes that are `allowed`; tokens of a login have all. */
+export function requireScope(scopes: readonly Scope[], allowed: readonly Scope[]): void {
+  if (allowed.some((scope) => scopes.includes(scope))) return;
+  throw new Problem('forbidden', `This needs an API key with the scope ${allowed.join(' or ')}.`);
+}
+
 /** The owner rule for lists: a condition on the owner column, or undefined for admins, who see all. */
 export function ownedBy(actor: Pick<Actor, 'userId' | 'role'>, owner: PgColumn): SQL | undefined {
   return actor.role === 'admin' ? undefined : eq(owner, actor.userId);

@@ -1,5 +1,5 @@
 import type { FastifyInstance, FastifyRequest } from 'fastify';
-import type { Actor, Scope } from './access.ts';
+import { type Actor, requireScope, type Scope } from './access.ts';
 import { Problem } from './problem.ts';
 import type { RateLimits } from './rate-limit.ts';
 
@@ -10,10 +10,22 @@ export interface Identity {
   scopes: readonly Scope[];
   /** When the credential ends by itself; null when it does not. */
   expiresAt: Date | null;
+  /** What stands behind it: an API key, the login (family) of one of our tokens, or neither for tokens of an issuer. */
+  apiKeyId: number | null;
+  family: string | null;
 }
 
-/** Checks a bearer credential (a JWT or an API key); throws the 401 problem for every one that is not good. */
-export type VerifyCredential = (credential: string) => Promise<Identity>;
+/** Of identities that were good once, whether each still is, with the same rights: for connections that outlast a call. */
+export type StillGood = (identities: readonly Identity[]) => Promise<boolean[]>;
+
+/** The bus topic that is rung when credentials ended before their time. */
+export const CREDENTIALS_TOPIC = 'credentials';
+
+/**
+ * Checks a bearer credential (a JWT or an API key, and a ticket where it is for a connection, which spends it); throws the
+ * 401 problem for every one that is not good.
+ */
+export type VerifyCredential = (credential: string, use?: 'call' | 'connection') => Promise<Identity>;
 
 declare module 'fastify' {
   interface FastifyContextConfig {
@@ -58,16 +70,15 @@ export function authenticate(app: FastifyInstance, verify: VerifyCredential, lim
     // A guesser is turned away before its credential is looked at: it must not cost a query.
     await limits.badCredential.peek(request, reply);
     try {
-      request.identity = await verify(credentialOf(request));
+      const use = request.routeOptions.config.credential ? 'connection' : 'call';
+      request.identity = await verify(credentialOf(request), use);
     } catch (error) {
       if (error instanceof Problem && error.status === 401) await limits.badCredential.hit(request, reply);
       throw error;
     }
     await limits.call.hit(request, reply);
     const { scopes, role } = request.identity;
-    if (!access.scopes.some((scope) => scopes.includes(scope))) {
-      throw new Problem('forbidden', `This needs an API key with the scope ${access.scopes.join(' or ')}.`);
-    }
+    requireScope(scopes, access.scopes);
     if (access.rule === 'admin' && role !== 'admin') throw new Problem('forbidden', 'Only admins may do this.');
   });
 }

@@ -3,19 +3,22 @@ import type pg from 'pg';
 import { z } from 'zod';
 import type { Logger } from './logger.ts';
 import { createClient } from './postgres.ts';
+import type { RedisConnection } from './redis.ts';
 
 // How processes wake each other.
 //
 // A ring says "look again", never what happened: the facts are in Postgres, so a ring that is lost, doubled or late costs
 // time and nothing else, and every listener also looks by itself now and then. Listeners of the same process are called
-// at once; the other processes hear of it by NOTIFY.
+// at once; the other processes hear of it over Redis where there is one, else by NOTIFY. Every process listens to both:
+// which way is taken is the choice of who rings, and one whose Redis is away rings by NOTIFY until it is back.
 //
 // NOTIFY is sent on its own and not inside the business transaction: Postgres takes a lock that is global to the cluster
 // at the commit of a transaction that notifies and holds it over the fsync, which ends group commit for all of them.
-// Rings that come while a NOTIFY is under way are folded into the next one.
+// Rings that come while a message is under way are folded into the next one.
 //
-// The LISTEN connection proves every two seconds that a message still gets through, since a connection that is open on
-// one side only says nothing. After an outage every listener is called once: something may have happened meanwhile.
+// Each way proves every two seconds that a message still gets through, since a connection that is open on one side only
+// says nothing, and a subscription may be gone although its connection lives. After an outage every listener is called
+// once: something may have happened meanwhile.
 
 const CHANNEL = 'muster';
 const PROBE_EVERY_MS = 2_000;
@@ -27,14 +30,14 @@ const MAX_PAYLOAD = 7_000;
 /** `detail` narrows what is to be looked at; undefined means anything. */
 export type Listener = (detail: string | undefined) => void;
 
-/** What a NOTIFY carries: topics with their details, of which null means anything. */
+/** What is sent: topics with their details, of which null means anything. */
 const messageShape = z.object({
   from: z.string(),
   rings: z.array(z.tuple([z.string(), z.array(z.string()).nullable()])),
 });
 type Message = z.output<typeof messageShape>;
 
-/** Anybody on the database may notify, another version of Muster too: what is no message of ours is undefined. */
+/** Anybody may send, another version of Muster too: what is no message of ours is undefined. */
 function readMessage(payload: string): Message | undefined {
   try {
     return messageShape.safeParse(JSON.parse(payload)).data;
@@ -50,21 +53,44 @@ export interface Bus {
   on(topic: string, listener: Listener): () => void;
   /** Whether rings of other processes arrive at the moment. */
   connected(): boolean;
-  /** Sends what was rung, and ends; the connection closes soon after. */
+  /** Sends what was rung, and ends; connections close soon after. */
   close(): Promise<void>;
 }
 
-/** A bus over Postgres LISTEN/NOTIFY. `directUrl` must not lead through a pooler in transaction mode. */
-export async function createPostgresBus(options: { pool: pg.Pool; directUrl: string; logger: Logger }): Promise<Bus> {
-  const { pool, directUrl, logger } = options;
+/** What a way between processes reports. */
+interface Receiver {
+  /** Something was sent, maybe by this process itself. */
+  receive(payload: string): void;
+  /** It works again, and something may have been missed. */
+  recovered(): void;
+  /** When this process last heard itself on this way, by performance.now(). */
+  heardSelf(): number;
+  /** A message that says nothing, by which it can hear itself. */
+  probe: string;
+}
+
+/** A way between processes. */
+interface Way {
+  /** Answers false when it did not get through for sure. */
+  send(payload: string): Promise<boolean>;
+  connected(): boolean;
+  close(): void;
+}
+
+/**
+ * The bus of a process: in process alone when it is the only one there is (`alone`), else over Redis where there is one,
+ * with Postgres NOTIFY as the fallback. `directUrl` must not lead through a pooler in transaction mode.
+ */
+export async function createBus(options: {
+  pool: pg.Pool;
+  directUrl: string;
+  redis?: RedisConnection | undefined;
+  alone?: boolean;
+  logger: Logger;
+}): Promise<Bus> {
+  const { pool, directUrl, redis, alone = false, logger } = options;
   const self = randomUUID();
   const listeners = new Map<string, Set<Listener>>();
-  let client: pg.Client | undefined;
-  let closed = false;
-  let heard = 0;
-  let retryMs = 100;
-  let timer: NodeJS.Timeout | undefined;
-
   const call = (topic: string, detail: string | undefined) => {
     for (const listener of listeners.get(topic) ?? []) {
       try {
@@ -74,6 +100,34 @@ export async function createPostgresBus(options: { pool: pg.Pool; directUrl: str
       }
     }
   };
+  const receiver = (): Receiver => {
+    let heard = Number.NEGATIVE_INFINITY;
+    return {
+      receive(payload) {
+        const read = readMessage(payload);
+        if (read === undefined) return;
+        if (read.from === self) {
+          heard = performance.now();
+          return;
+        }
+        for (const [topic, details] of read.rings) {
+          if (details === null) call(topic, undefined);
+          else for (const detail of details) call(topic, detail);
+        }
+      },
+      recovered() {
+        for (const topic of listeners.keys()) call(topic, undefined);
+      },
+      heardSelf: () => heard,
+      probe: JSON.stringify({ from: self, rings: [] } satisfies Message),
+    };
+  };
+
+  const ways: Way[] = [];
+  if (!alone) {
+    if (redis) ways.push(redisWay(redis, logger, receiver()));
+    ways.push(await postgresWay({ pool, directUrl, logger }, receiver()));
+  }
 
   // Topic → details; undefined as details stands for "anything" and swallows the others.
   let waiting = new Map<string, Set<string> | undefined>();
@@ -94,26 +148,101 @@ export async function createPostgresBus(options: { pool: pg.Pool; directUrl: str
     if (Buffer.byteLength(payload) > MAX_PAYLOAD) {
       payload = JSON.stringify({ from: self, rings: rings.map(([topic]) => [topic, null]) } satisfies Message);
     }
-    try {
-      await pool.query({ name: 'bus-notify', text: 'select pg_notify($1, $2)', values: [CHANNEL, payload] });
-    } catch (error) {
-      logger.debug({ err: error }, 'a notification was not sent');
-    }
+    for (const way of ways) if (await way.send(payload)) return;
   };
 
-  const receive = (message: pg.Notification) => {
-    if (message.channel !== CHANNEL || !message.payload) return;
-    const read = readMessage(message.payload);
-    if (read === undefined) return;
-    if (read.from === self) {
-      heard = performance.now();
+  return {
+    ring(topic, detail) {
+      call(topic, detail);
+      if (ways.length === 0) return;
+      const details = waiting.get(topic);
+      if (detail === undefined) waiting.set(topic, undefined);
+      else if (details) details.add(detail);
+      else if (!waiting.has(topic)) waiting.set(topic, new Set([detail]));
+      flush();
+    },
+    on(topic, listener) {
+      const set = listeners.get(topic) ?? new Set();
+      listeners.set(topic, set.add(listener));
+      return () => void set.delete(listener);
+    },
+    connected: () => alone || ways.some((way) => way.connected()),
+    async close() {
+      while (sending) await sending;
+      for (const way of ways) way.close();
+    },
+  };
+}
+
+/** Redis pub/sub. */
+function redisWay(redis: RedisConnection, logger: Logger, { receive, recovered, heardSelf, probe }: Receiver): Way {
+  let works = false;
+  let listening = false;
+  const subscription = redis.subscribe(CHANNEL, receive, () => {
+    listening = true;
+    void prove();
+  });
+  const prove = async () => {
+    const before = performance.now();
+    try {
+      await redis.publish(CHANNEL, probe);
+    } catch {
+      if (works) logger.warn('the bus goes over Postgres while Redis is away');
+      works = false;
       return;
     }
-    for (const [topic, details] of read.rings) {
-      if (details === null) call(topic, undefined);
-      else for (const detail of details) call(topic, detail);
+    // The subscription is another connection: its message may come after the answer to the publish.
+    for (let waited = 0; heardSelf() < before && waited < PROBE_TIMEOUT_MS; waited += 20) {
+      await new Promise((done) => setTimeout(done, 20).unref());
     }
+    if (heardSelf() >= before) {
+      if (!works) {
+        works = true;
+        recovered();
+      }
+      return;
+    }
+    if (works) logger.warn('the bus hears nothing over Redis and connects anew');
+    works = false;
+    if (listening) subscription.renew();
+    listening = false;
   };
+  let proving = false;
+  const timer = setInterval(() => {
+    if (proving) return;
+    proving = true;
+    void prove().finally(() => {
+      proving = false;
+    });
+  }, PROBE_EVERY_MS).unref();
+  return {
+    async send(payload) {
+      if (!works) return false;
+      try {
+        await redis.publish(CHANNEL, payload);
+        return true;
+      } catch {
+        works = false;
+        return false;
+      }
+    },
+    connected: () => works,
+    close() {
+      clearInterval(timer);
+      subscription.close();
+    },
+  };
+}
+
+/** Postgres LISTEN/NOTIFY. */
+async function postgresWay(
+  { pool, directUrl, logger }: { pool: pg.Pool; directUrl: string; logger: Logger },
+  { receive, recovered, heardSelf, probe: probeText }: Receiver,
+): Promise<Way> {
+  let client: pg.Client | undefined;
+  let closed = false;
+  let retryMs = 100;
+  let timer: NodeJS.Timeout | undefined;
 
   const connect = async () => {
     const next = createClient({ url: directUrl, name: 'muster-bus', queryTimeoutMs: PROBE_TIMEOUT_MS });
@@ -128,7 +257,9 @@ export async function createPostgresBus(options: { pool: pg.Pool; directUrl: str
     };
     next.on('error', lost);
     next.on('end', lost);
-    next.on('notification', receive);
+    next.on('notification', ({ channel, payload }) => {
+      if (channel === CHANNEL && payload) receive(payload);
+    });
     try {
       await next.connect();
       await next.query(`listen ${CHANNEL}`);
@@ -138,18 +269,14 @@ export async function createPostgresBus(options: { pool: pg.Pool; directUrl: str
     }
     if (closed) return void next.end().catch(() => {});
     client = next;
-    heard = performance.now();
     retryMs = 100;
     const probe = async () => {
       if (client !== next) return;
       try {
         const before = performance.now();
-        await next.query('select pg_notify($1, $2)', [
-          CHANNEL,
-          JSON.stringify({ from: self, rings: [] } satisfies Message),
-        ]);
+        await next.query('select pg_notify($1, $2)', [CHANNEL, probeText]);
         // A notification of one's own comes before the answer to the statement that sent it.
-        if (heard < before) throw new Error('a probe did not come back');
+        if (heardSelf() < before) throw new Error('a probe did not come back');
         timer = setTimeout(probe, PROBE_EVERY_MS).unref();
       } catch {
         lost();
@@ -164,7 +291,7 @@ export async function createPostgresBus(options: { pool: pg.Pool; directUrl: str
         await connect();
         if (closed) return;
         logger.info('the bus is connected again');
-        for (const topic of listeners.keys()) call(topic, undefined);
+        recovered();
       } catch {
         retryMs = Math.min(retryMs * 2, MAX_RETRY_MS);
         if (!closed) retry();
@@ -174,24 +301,19 @@ export async function createPostgresBus(options: { pool: pg.Pool; directUrl: str
 
   await connect();
   return {
-    ring(topic, detail) {
-      call(topic, detail);
-      const details = waiting.get(topic);
-      if (detail === undefined) waiting.set(topic, undefined);
-      else if (details) details.add(detail);
-      else if (!waiting.has(topic)) waiting.set(topic, new Set([detail]));
-      flush();
-    },
-    on(topic, listener) {
-      const set = listeners.get(topic) ?? new Set();
-      listeners.set(topic, set.add(listener));
-      return () => void set.delete(listener);
+    async send(payload) {
+      try {
+        await pool.query({ name: 'bus-notify', text: 'select pg_notify($1, $2)', values: [CHANNEL, payload] });
+        return true;
+      } catch (error) {
+        logger.debug({ err: error }, 'a notification was not sent');
+        return false;
+      }
     },
     connected: () => client !== undefined,
-    async close() {
+    close() {
       closed = true;
       clearTimeout(timer);
-      while (sending) await sending;
       const last = client;
       client = undefined;
       // Not waited for: a connection that only this side believes in would never end in order.

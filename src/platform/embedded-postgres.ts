@@ -187,7 +187,8 @@ function settings(fsync: boolean, socketFolder: string): Record<string, string |
     unix_socket_directories: socketFolder,
     unix_socket_permissions: '0700',
     port: PORT,
-    max_connections: fsync ? 60 : 300,
+    // For many workers: each has its pool, and a few beside it.
+    max_connections: 300,
 
     // A crash of machine or process loses nothing that was acknowledged.
     fsync: fsync ? 'on' : 'off',

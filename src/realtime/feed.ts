@@ -15,7 +15,8 @@ export interface PlacedEvent {
   taskId: number | null;
   projectId: number | null;
   agentId: number | null;
-  text: string;
+  type: string;
+  text: Buffer | string;
 }
 
 export interface Feed {
@@ -23,6 +24,8 @@ export interface Feed {
   start(): void;
   /** Calls `listener` with every event after the feed's present position, in order; the answer ends that. */
   subscribe(listener: (event: PlacedEvent) => void): () => void;
+  /** Calls `listener` when the database went away, once each time; the answer takes it off again. */
+  onAway(listener: () => void): () => void;
   /** The place up to which listeners were given everything; -1 until the feed has found its own. */
   position(): number;
   /** Resolves when the feed has its place. */
@@ -45,6 +48,8 @@ interface EventRow {
 
 const PAGE = 500;
 const LOOK_ANYWAY_MS = 1_000;
+/** After so much text the sockets get to write. */
+const BREATH_BYTES = 65_536;
 /** How many ids one look for a user's events goes through, so that none of them takes long however rare they are. */
 const WINDOW = 10_000;
 
@@ -106,8 +111,9 @@ function placed(row: EventRow): PlacedEvent {
     taskId: row.task_id,
     projectId: row.project_id,
     agentId: row.agent_id,
-    // `data` is JSON text already: it is put in as it stands.
-    text: `${head.slice(0, -1)},"data":${row.data}}`,
+    type: row.type,
+    // `data` is JSON text already: it is put in as it stands. As bytes, or each socket would encode it again.
+    text: Buffer.from(`${head.slice(0, -1)},"data":${row.data}}`),
   };
 }
 
@@ -123,6 +129,8 @@ function placed(row: EventRow): PlacedEvent {
 export function createFeed(deps: { db: Database; bus: Bus; logger: Logger }): Feed {
   const { db, bus, logger } = deps;
   const listeners = new Set<(event: PlacedEvent) => void>();
+  const awayListeners = new Set<() => void>();
+  let away = false;
   let position = -1;
   let loop: Loop | undefined;
   let off: (() => void) | undefined;
@@ -151,22 +159,38 @@ export function createFeed(deps: { db: Database; bus: Bus; logger: Logger }): Fe
     }
     while (listeners.size > 0) {
       const { rows } = await db.query<EventRow>({ ...AFTER, values: [position] });
-      for (const row of rows) hand(placed(row));
+      let handed = 0;
+      for (const row of rows) {
+        const event = placed(row);
+        hand(event);
+        handed += event.text.length;
+        if (handed < BREATH_BYTES) continue;
+        // Or a burst would fill the sockets of clients that read well enough, before any of it is on its way.
+        handed = 0;
+        await new Promise((done) => setImmediate(done));
+      }
       if (rows.length < PAGE) break;
     }
+    away = false;
     return LOOK_ANYWAY_MS;
   };
 
   return {
     start() {
       loop ??= startLoop((error) => {
-        if (!isDatabaseAway(error)) logger.error({ err: error }, 'the event feed failed');
+        if (!isDatabaseAway(error)) return logger.error({ err: error }, 'the event feed failed');
+        if (!away) for (const listener of awayListeners) listener();
+        away = true;
       }, follow);
       off ??= bus.on(EVENTS_TOPIC, loop.wake);
     },
     subscribe(listener) {
       listeners.add(listener);
       return () => void listeners.delete(listener);
+    },
+    onAway(listener) {
+      awayListeners.add(listener);
+      return () => void awayListeners.delete(listener);
     },
     position: () => position,
     ready: () => hasPlace,

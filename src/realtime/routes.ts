@@ -4,13 +4,21 @@ import type { FastifyRequest } from 'fastify';
 import { z } from 'zod';
 import { EVENT_TOPICS } from '../db/schema.ts';
 import type { App, Deps } from '../http/app.ts';
-import { Problem } from '../http/problem.ts';
-import { integerText } from '../http/validation.ts';
+import type { Identity, StillGood, VerifyCredential } from '../http/authenticate.ts';
+import { invalid, Problem } from '../http/problem.ts';
+import { addressKey } from '../http/rate-limit.ts';
+import { idText, integerText } from '../http/validation.ts';
 import { CLOSE } from './close-codes.ts';
+import { createDeliveries } from './deliveries.ts';
 import type { Feed } from './feed.ts';
-import { createSockets, SOCKET_OPTIONS } from './sockets.ts';
+import { openStream } from './server-sent-events.ts';
+import { openSocket, SOCKET_OPTIONS } from './sockets.ts';
+import { createSubscription, MAX_IDS } from './subscription.ts';
+import { announceWorker } from './workers.ts';
 
 const PATH = '/ws';
+
+const place = integerText(0, Number.MAX_SAFE_INTEGER);
 
 const topicsText = z
   .string()
@@ -20,14 +28,46 @@ const topicsText = z
 
 const query = z.strictObject({
   token: z.string().optional(),
-  last_event_id: integerText(0, Number.MAX_SAFE_INTEGER).optional(),
+  ticket: z.string().optional(),
+  last_event_id: place.optional(),
   topics: topicsText.optional(),
 });
 
+const idsText = z
+  .string()
+  .max(20_000)
+  .transform((text) => text.split(','))
+  .pipe(z.array(idText).max(MAX_IDS))
+  .meta({ type: 'string', description: 'Ids, separated by commas.' });
+
+const streamQuery = query.extend({
+  task_ids: idsText.optional(),
+  project_ids: idsText.optional(),
+  agent_ids: idsText.optional(),
+});
+
+const healthAnswer = z
+  .object({
+    status: z.enum(['ok']),
+    connections: z.int(),
+    users: z.int().meta({ description: 'How many users they are, counted by each process.' }),
+    subscriptions: z.record(z.string(), z.int()),
+    workers: z.array(
+      z.object({ id: z.string(), host: z.string(), pid: z.int(), connections: z.int(), users: z.int() }),
+    ),
+    redis: z.enum(['ok', 'away', 'disabled']),
+    last_event_id: z.int(),
+  })
+  .meta({ id: 'RealtimeHealth' });
+
 /** The WebSocket, and the header by which a read hands over to it. */
-export async function realtimeRoutes(app: App, deps: Deps & { feed: Feed }): Promise<void> {
+export async function realtimeRoutes(
+  app: App,
+  deps: Deps & { feed: Feed; verify: VerifyCredential; stillGood: StillGood },
+): Promise<void> {
   const { config, feed } = deps;
-  const sockets = createSockets(deps);
+  const deliveries = createDeliveries(deps);
+  const workers = announceWorker(deps, deliveries);
 
   await app.register(websocket, {
     options: SOCKET_OPTIONS,
@@ -37,7 +77,8 @@ export async function realtimeRoutes(app: App, deps: Deps & { feed: Feed }): Pro
       socket.close(CLOSE.fault);
     },
     preClose(done) {
-      sockets.closeAll().then(() => this.websocketServer.close(() => done()), done);
+      workers.close();
+      deliveries.closeAll().then(() => this.websocketServer.close(() => done()), done);
     },
   });
   endRefusedUpgrades(app);
@@ -59,21 +100,79 @@ export async function realtimeRoutes(app: App, deps: Deps & { feed: Feed }): Pro
     PATH,
     {
       websocket: true,
-      config: { access: { rule: 'owner', scopes: ['read'] }, credential: socketCredential },
+      config: { access: { rule: 'owner', scopes: ['read'] }, credential: connectionCredential, limit: 'activity' },
       schema: { querystring: query },
       preValidation: async (request) => {
         if (!request.ws) throw new Problem('invalid-request', `${PATH} is for WebSocket clients.`);
         if (!originAllowed(request, config.CORS_ORIGINS)) {
           throw new Problem('forbidden', 'Pages of this origin may not connect: add it to CORS_ORIGINS.');
         }
+        deliveries.admit(identityOf(request).userId, addressKey(request));
       },
     },
     (socket, request) => {
       const { last_event_id: lastEventId, topics } = request.query as z.output<typeof query>;
-      if (!request.identity) throw new Error('The socket has no identity.');
-      sockets.open(socket, { identity: request.identity, topics: topics ?? EVENT_TOPICS, lastEventId });
+      const subscription = createSubscription(topics ?? EVENT_TOPICS);
+      const hello = { identity: identityOf(request), subscription, lastEventId };
+      openSocket({ deliveries, verify: deps.verify }, socket, addressKey(request), hello);
     },
   );
+
+  app.get(
+    '/api/v1/events',
+    {
+      config: { access: { rule: 'owner', scopes: ['read'] }, credential: connectionCredential, limit: 'activity' },
+      // Not in the API document, whose clients wait for the end of an answer: this one has none.
+      schema: { querystring: streamQuery, hide: true },
+      preHandler: async (request) => deliveries.admit(identityOf(request).userId, addressKey(request)),
+    },
+    async (request, reply) => {
+      const { last_event_id: asked, topics, ...ids } = request.query;
+      const subscription = createSubscription(topics ?? EVENT_TOPICS);
+      const { task_ids, project_ids, agent_ids } = ids;
+      if (task_ids || project_ids || agent_ids) {
+        subscription.change({ type: 'subscribe', task_ids, project_ids, agent_ids });
+      }
+      const lastEventId = readLastEventId(request) ?? asked;
+      openStream(deliveries, reply, addressKey(request), { identity: identityOf(request), subscription, lastEventId });
+      return reply;
+    },
+  );
+
+  app.get(
+    '/ws/health',
+    {
+      config: { access: { rule: 'public' }, limit: 'none' },
+      schema: { tags: ['health'], summary: 'How many follow events, and where', response: { 200: healthAnswer } },
+    },
+    async () => {
+      const { connections, subscriptions } = deliveries.counts();
+      const { all, redis } = await workers.list();
+      return {
+        status: 'ok' as const,
+        connections: all.reduce((sum, worker) => sum + worker.connections, 0) || connections,
+        users: all.reduce((sum, worker) => sum + worker.users, 0),
+        subscriptions,
+        workers: all,
+        redis,
+        last_event_id: Math.max(0, feed.position()),
+      };
+    },
+  );
+}
+
+function identityOf(request: FastifyRequest): Identity {
+  if (!request.identity) throw new Error('The connection has no identity.');
+  return request.identity;
+}
+
+/** What a browser sends when it reconnects by itself: newer than what the URL says. */
+function readLastEventId(request: FastifyRequest): number | undefined {
+  const given = request.headers['last-event-id'];
+  if (given === undefined || given === '') return undefined;
+  const parsed = place.safeParse(given);
+  if (!parsed.success) throw invalid('headers.last-event-id', 'must be an event_id, a whole number');
+  return parsed.data;
 }
 
 /**
@@ -93,8 +192,9 @@ function endRefusedUpgrades(app: App): void {
 }
 
 /** From the query, from the sub-protocol (`bearer, <token>`), or from the header; browsers can only do the first two. */
-function socketCredential(request: FastifyRequest): string | undefined {
-  const { token } = request.query as { token?: unknown };
+function connectionCredential(request: FastifyRequest): string | undefined {
+  const { token, ticket } = request.query as { token?: unknown; ticket?: unknown };
+  if (typeof ticket === 'string' && ticket !== '') return ticket;
   if (typeof token === 'string' && token !== '') return token;
   const [protocol, credential] = (request.headers['sec-websocket-protocol'] ?? '')
     .split(',')

@@ -7,7 +7,7 @@ import type { PlacedEvent } from './feed.ts';
 export type Topic = (typeof EVENT_TOPICS)[number];
 
 /** How many ids of a kind a socket may name. */
-const MAX_IDS = 1_000;
+export const MAX_IDS = 1_000;
 /** An error tells the client of its own words; that need not be long. */
 const MAX_DETAIL = 300;
 
@@ -23,18 +23,19 @@ const clientMessage = z.discriminatedUnion(
   [
     z.strictObject({ type: z.literal('subscribe'), ...wish }),
     z.strictObject({ type: z.literal('unsubscribe'), ...wish }),
+    z.strictObject({ type: z.literal('auth'), token: z.string().max(8_192) }),
     z.object({ type: z.literal('ping') }),
     z.object({ type: z.literal('pong') }),
     z.object({ type: z.literal('ack') }),
   ],
-  { error: 'is not known: send ping, pong, ack, subscribe or unsubscribe' },
+  { error: 'is not known: send ping, pong, ack, auth, subscribe or unsubscribe' },
 );
 
 export type ClientMessage = z.output<typeof clientMessage>;
 
 /** Why a message was not taken, as the `data` of an `error`. */
 export interface Fault {
-  code: 'invalid_json' | 'invalid_message' | 'too_many_ids';
+  code: 'invalid_json' | 'invalid_message' | 'too_many_ids' | 'unauthorized' | 'unavailable';
   detail: string;
 }
 

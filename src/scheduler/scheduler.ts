@@ -1,4 +1,5 @@
 import { markSilentAgents } from '../agents/agents.ts';
+import { expireTickets } from '../auth/tickets.ts';
 import type { Config } from '../config.ts';
 import type { Database } from '../db/database.ts';
 import { QUEUE_TOPIC, queueDetail, RETRY_TOPIC } from '../executions/queue.ts';
@@ -68,7 +69,9 @@ export function startScheduler(deps: { db: Database; bus: Bus; logger: Logger; c
     return reaped > 0 || silent > 0 ? 0 : REAP_EVERY_MS;
   });
   const expiring = startLoop(log, async () =>
-    (await expireAnswers(db, EXPIRE_BATCH)) === EXPIRE_BATCH ? 0 : EXPIRE_EVERY_MS,
+    Math.max(await expireAnswers(db, EXPIRE_BATCH), await expireTickets(db, EXPIRE_BATCH)) === EXPIRE_BATCH
+      ? 0
+      : EXPIRE_EVERY_MS,
   );
 
   let stopped: Promise<void> | undefined;

@@ -2,7 +2,7 @@ import { createHmac, randomBytes, randomUUID } from 'node:crypto';
 import { fastify } from 'fastify';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { type Access, requireAccessRules } from '../../src/http/access.ts';
-import { openSocket } from '../realtime/support.ts';
+import { openSocket, openStream } from '../realtime/support.ts';
 import { type Caller, startServer, type TestServer } from '../support/server.ts';
 import { makeAgent, makeTask, until } from '../support/work.ts';
 
@@ -244,7 +244,7 @@ describe('who is somebody else', () => {
     const before = await victimHash();
     const { call } = stranger;
     for (const route of guarded()) {
-      if (route.url === '/ws') continue; // Below.
+      if (['/ws', '/api/v1/events'].includes(route.url)) continue; // Below.
       const about = named(route);
       const see = async (path: string, body?: unknown) => {
         const answer = await call(route.method, path, body);
@@ -292,6 +292,33 @@ describe('who is somebody else', () => {
     expect(bulk.body).toMatchObject({ changed: 0, results: [{ result: 'forbidden' }] });
   });
 
+  test('hears nothing of the victim’s in an event stream, whatever is asked for', async () => {
+    const filters = [
+      '',
+      `?task_ids=${byField['task_id']}`,
+      `?project_ids=${byField['project_id']}`,
+      `?agent_ids=${byField['agent_id']}&last_event_id=0`,
+    ];
+    for (const filter of filters) {
+      const stream = await openStream(`${server.url}/api/v1/events${filter}`, stranger.token);
+      try {
+        await stream.event((event) => event.type === 'ack');
+        await victim.call('PUT', `/tasks/${byField['task_id']}`, {
+          priority: filter.includes('task') ? 'low' : 'high',
+        });
+        await victim.call('PUT', `/agents/${byField['agent_id']}`, {
+          type: filter.includes('task') ? 'coder' : 'tester',
+        });
+        const own = await makeTask(stranger.call);
+        if (filter === '') await stream.event(({ data }) => data['task_id'] === own.id);
+        else await server.feedCaughtUp();
+        expect(JSON.stringify(stream.events)).not.toContain(CANARY);
+      } finally {
+        stream.close();
+      }
+    }
+  });
+
   test('hears nothing of the victim’s on a socket, whatever is subscribed to', async () => {
     const socket = openSocket(`${server.url}/ws?token=${stranger.token}`);
     try {
@@ -303,7 +330,7 @@ describe('who is somebody else', () => {
         project_ids: [byField['project_id']],
         agent_ids: [byField['agent_id']],
       });
-      await socket.frame(({ type, data }) => type === 'ack' && data['connection_id'] === undefined).catch(() => {});
+      await expect.poll(() => socket.frames.filter(({ type }) => type === 'ack').length).toBe(2);
       const own = await makeTask(stranger.call);
       await victim.call('PUT', `/tasks/${byField['task_id']}`, { priority: 'critical' });
       await victim.call('PUT', `/agents/${byField['agent_id']}`, { type: 'coder' });
@@ -331,8 +358,10 @@ test('an admin sees it all, so the victim’s things are there to be seen', asyn
   expect(seen.length).toBeGreaterThanOrEqual(4);
 });
 
-test('every route is in the API document, but for the socket, the document itself and its page', () => {
-  const missing = routes.filter(({ url, documented }) => !documented && !['/ws', '/openapi.json'].includes(url));
+test('every route is in the API document, but for the socket, the event stream, the document itself and its page', () => {
+  const missing = routes.filter(
+    ({ url, documented }) => !documented && !['/ws', '/api/v1/events', '/openapi.json'].includes(url),
+  );
   expect(missing.map(named)).toEqual([]);
 });
 

@@ -1,7 +1,7 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import type pg from 'pg';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
-import { type Bus, createPostgresBus } from '../../src/platform/bus.ts';
+import { type Bus, createBus } from '../../src/platform/bus.ts';
 import { createLogger } from '../../src/platform/logger.ts';
 import { createPool } from '../../src/platform/postgres.ts';
 import { createTestDatabase, type TestDatabase } from '../support/postgres.ts';
@@ -32,7 +32,7 @@ interface Process {
 async function start(directUrl = database.url): Promise<Process> {
   const pool = createPool({ url: database.url, size: 4, name: 'muster-test', logger });
   closers.push(() => pool.end());
-  const bus = await createPostgresBus({ pool, directUrl, logger });
+  const bus = await createBus({ pool, directUrl, logger });
   closers.push(bus.close);
   const heard: Process['heard'] = [];
   return { bus, pool, heard, listen: (topic) => bus.on(topic, (detail) => heard.push(detail)) };

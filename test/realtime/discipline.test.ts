@@ -6,9 +6,13 @@ import { type WebSocket, WebSocketServer } from 'ws';
 import { readConfig } from '../../src/config.ts';
 import type { Database } from '../../src/db/database.ts';
 import type { Identity } from '../../src/http/authenticate.ts';
+import type { Bus } from '../../src/platform/bus.ts';
+import { createDeliveries } from '../../src/realtime/deliveries.ts';
+import { type DeliveryDeps, type Hello, RHYTHM } from '../../src/realtime/delivery.ts';
 import { createFeed, type Feed, type PlacedEvent, visibleEvents } from '../../src/realtime/feed.ts';
 import { startRelay } from '../../src/realtime/relay.ts';
-import { createSockets, type Hello, RHYTHM, SOCKET_OPTIONS, type Sockets } from '../../src/realtime/sockets.ts';
+import { SOCKET_OPTIONS, openSocket as takeOver } from '../../src/realtime/sockets.ts';
+import { createSubscription } from '../../src/realtime/subscription.ts';
 import { createTestDatabase } from '../support/postgres.ts';
 import { until } from '../support/work.ts';
 import { type Client, emit, logger, numbered, openProcess, openSocket } from './support.ts';
@@ -43,7 +47,25 @@ const userOf = (userId: number, expiresAt: Date | null = null): Identity => ({
   role: 'user',
   scopes: ['read'],
   expiresAt,
+  apiKeyId: null,
+  family: null,
 });
+
+const silentBus: Bus = { ring() {}, on: () => () => {}, connected: () => true, close: async () => {} };
+interface Sockets {
+  open(socket: WebSocket, hello: Hello): void;
+  closeAll(): Promise<void>;
+}
+/** The sockets of a process whose credentials are all good. */
+function createSockets(deps: DeliveryDeps, rhythm = RHYTHM): Sockets {
+  const stillGood = async (identities: readonly unknown[]) => identities.map(() => true);
+  const deliveries = createDeliveries({ ...deps, bus: silentBus, stillGood }, rhythm);
+  const verify = () => Promise.reject(new Error('Nobody logs in here.'));
+  return {
+    open: (socket, hello) => takeOver({ deliveries, verify }, socket, 'here', hello),
+    closeAll: deliveries.closeAll,
+  };
+}
 
 interface Stage {
   sockets: Sockets;
@@ -66,7 +88,12 @@ async function stage(rhythm: Partial<typeof RHYTHM> = {}): Promise<Stage> {
     async open(hello = {}, at = sockets) {
       const connected = new Promise<WebSocket>((resolve) => {
         server.once('connection', (end) => {
-          at.open(end, { identity: userOf(1), topics: ['tasks'], lastEventId: undefined, ...hello });
+          at.open(end, {
+            identity: userOf(1),
+            subscription: createSubscription(['tasks']),
+            lastEventId: undefined,
+            ...hello,
+          });
           resolve(end);
         });
       });

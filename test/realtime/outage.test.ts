@@ -122,7 +122,11 @@ describe('the feed', () => {
       (ids) => ids.length > 0,
     );
     expect(heard.map(({ eventId }) => eventId)).toEqual([1]);
-    expect(JSON.parse(heard[0]?.text ?? '')).toMatchObject({ type: 'task_status_update', event_id: 1, data: { n: 1 } });
+    expect(JSON.parse(String(heard[0]?.text))).toMatchObject({
+      type: 'task_status_update',
+      event_id: 1,
+      data: { n: 1 },
+    });
   });
 
   test('hands every event to every listener though one before it throws', async () => {
@@ -149,9 +153,21 @@ describe('the feed', () => {
       async () => heard.length,
       (count) => count === 2,
     );
-    const [first, second] = heard.map(({ text, ...place }) => ({ place, envelope: JSON.parse(text) as object }));
+    const [first, second] = heard.map(({ text, ...place }) => ({
+      place,
+      envelope: JSON.parse(String(text)) as object,
+    }));
     expect(first).toEqual({
-      place: { eventId: 1, userId: 3, shared: false, topic: 'tasks', taskId: 4, projectId: 5, agentId: null },
+      place: {
+        eventId: 1,
+        userId: 3,
+        shared: false,
+        topic: 'tasks',
+        taskId: 4,
+        projectId: 5,
+        agentId: null,
+        type: 'task_status_update',
+      },
       envelope: {
         type: 'task_status_update',
         event_id: 1,

@@ -41,6 +41,7 @@ describe('the first frame', () => {
         last_event_id: expect.any(Number),
         heartbeat_interval_ms: 30_000,
         topics: ['tasks', 'agents', 'calendar'],
+        expires_at: expect.any(String),
       },
     });
     client.socket.close();

@@ -2,10 +2,11 @@ import { once } from 'node:events';
 import { createServer, connect as netConnect, type Socket } from 'node:net';
 import WebSocket from 'ws';
 import { createDatabase, type Database } from '../../src/db/database.ts';
-import { type Bus, createPostgresBus } from '../../src/platform/bus.ts';
+import { type Bus, createBus } from '../../src/platform/bus.ts';
 import { createLogger } from '../../src/platform/logger.ts';
 import { createPool } from '../../src/platform/postgres.ts';
 import { emitEvents, type NewEvent } from '../../src/realtime/events.ts';
+import { until } from '../support/work.ts';
 
 export const logger = createLogger(process.env['TEST_LOG_LEVEL'] ?? 'silent', false);
 
@@ -183,7 +184,7 @@ export async function createBlackHole(databaseUrl: string): Promise<{ url: strin
 /** What every process of Muster has: its pool, its bus and its database. */
 export async function openProcess(databaseUrl: string): Promise<{ db: Database; bus: Bus; close(): Promise<void> }> {
   const pool = createPool({ url: databaseUrl, size: 10, name: 'muster-test', logger });
-  const bus = await createPostgresBus({ pool, directUrl: databaseUrl, logger });
+  const bus = await createBus({ pool, directUrl: databaseUrl, logger });
   return {
     db: createDatabase(pool, bus),
     bus,
@@ -191,5 +192,67 @@ export async function openProcess(databaseUrl: string): Promise<{ db: Database; 
       await bus.close();
       await pool.end();
     },
+  };
+}
+
+/** An event of a stream: its id, its type and its envelope's data. */
+export interface StreamEvent {
+  id: string | undefined;
+  type: string;
+  data: Record<string, unknown>;
+}
+
+/** Opens an event stream (Server-Sent Events) and keeps what it says. */
+export async function openStream(
+  url: string,
+  token: string | undefined,
+  headers: Record<string, string> = {},
+): Promise<{
+  status: number;
+  headers: Headers;
+  events: StreamEvent[];
+  event(satisfies: (event: StreamEvent) => boolean): Promise<StreamEvent>;
+  ended: Promise<void>;
+  close(): void;
+}> {
+  const controller = new AbortController();
+  const answer = await fetch(url, {
+    headers: { ...(token === undefined ? {} : { authorization: `Bearer ${token}` }), ...headers },
+    signal: controller.signal,
+  });
+  const events: StreamEvent[] = [];
+  const read = async () => {
+    let held = '';
+    const decoder = new TextDecoder();
+    for await (const chunk of answer.body ?? []) {
+      held += decoder.decode(chunk, { stream: true });
+      for (let end = held.indexOf('\n\n'); end >= 0; end = held.indexOf('\n\n')) {
+        const fields = Object.fromEntries(
+          held
+            .slice(0, end)
+            .split('\n')
+            .map((line) => [line.slice(0, line.indexOf(':')), line.slice(line.indexOf(':') + 1).trim()]),
+        );
+        held = held.slice(end + 2);
+        if (fields['data'] === undefined) continue;
+        events.push({ id: fields['id'], type: fields['event'] ?? 'message', data: JSON.parse(fields['data']).data });
+      }
+    }
+  };
+  const ended = read().catch(() => {});
+  return {
+    status: answer.status,
+    headers: answer.headers,
+    events,
+    event: async (satisfies) => {
+      const found = await until(
+        async () => events.find(satisfies),
+        (event) => event !== undefined,
+      );
+      if (!found) throw new Error('There is no such event.');
+      return found;
+    },
+    ended,
+    close: () => controller.abort(),
   };
 }

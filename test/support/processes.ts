@@ -89,7 +89,7 @@ export async function startServerProcess(options: {
     ...options.env,
   };
   const started = startProgram('src/main.ts', { ...options, env });
-  const [, url = ''] = await started.saying(/^ {2}server +(http:\S+)$/m);
+  const [, url = ''] = await started.saying(/^ {2}server +(https?:\S+)$/m);
   const key = (await readFile(join(options.folder, '.muster/admin-key'), 'utf8').catch(() => '')).trim();
   return Object.assign(started, { url, key });
 }

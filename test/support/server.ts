@@ -9,6 +9,7 @@ import type { App } from '../../src/http/app.ts';
 import { createLogger } from '../../src/platform/logger.ts';
 import { startMuster } from '../../src/start.ts';
 import { createTestDatabase } from './postgres.ts';
+import { until } from './work.ts';
 
 /** An answer of the server, with its body parsed when it is JSON. */
 export interface Answer {
@@ -39,6 +40,8 @@ export interface TestServer {
   as(credential: string | undefined): Caller;
   /** Registers a new plain user and answers its credential and how to call as it. */
   newUser(): Promise<{ id: number; email: string; password: string; token: string; call: Caller }>;
+  /** Resolves when every event that is written now has been delivered by this server. */
+  feedCaughtUp(): Promise<void>;
   /** Stops it; the database goes too unless it was given. */
   stop(): Promise<void>;
 }
@@ -94,6 +97,21 @@ export async function startServer(
       const login = await as(undefined)('POST', '/auth/login', { email, password });
       const token = login.body.access_token as string;
       return { id: user.body.id as number, email, password, token, call: as(token) };
+    },
+    async feedCaughtUp() {
+      const events = await until(
+        async () =>
+          (
+            await running.db.query<{ waiting: number; last: number }>({
+              text: `select (select count(*)::int from event_outbox) as waiting, (select coalesce(max(event_id), 0) from events) as last`,
+            })
+          ).rows[0],
+        (row) => row?.waiting === 0,
+      );
+      await until(
+        async () => Number((await as(adminKey)('GET', '/auth/me')).headers.get('x-event-cursor')),
+        (cursor) => cursor >= (events?.last ?? 0),
+      );
     },
     async stop() {
       await running.stop();

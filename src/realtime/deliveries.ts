@@ -1,0 +1,147 @@
+import { CREDENTIALS_TOPIC, type StillGood } from '../http/authenticate.ts';
+import { Problem } from '../http/problem.ts';
+import type { Bus } from '../platform/bus.ts';
+import { CLOSE } from './close-codes.ts';
+import { Delivery, type DeliveryDeps, type Hello, RHYTHM, type Wire } from './delivery.ts';
+
+// The clients of this process that follow events: how many there may be, that each is looked after, and that none outlives
+// its credential: whatever ends a credential rings, and all of them are looked up every few seconds besides, in one query,
+// since a ring may be lost and a user may be disabled by hand.
+
+export interface Deliveries {
+  /** Throws the 429 problem when the user or the address has too many already. */
+  admit(userId: number, address: string): void;
+  /** Counts a delivery in. Its wire's end must be told by `ended`. */
+  open(wire: Wire, address: string, hello: Hello): Delivery;
+  ended(delivery: Delivery): void;
+  counts(): { connections: number; users: number; subscriptions: Record<string, number> };
+  /** Closes every one with 1001, also those that are opened from now on; resolves when the present ones are closed. */
+  closeAll(): Promise<void>;
+}
+
+/** The deliveries of this process. */
+export function createDeliveries(
+  deps: DeliveryDeps & { bus: Bus; stillGood: StillGood },
+  rhythm: typeof RHYTHM = RHYTHM,
+): Deliveries {
+  const { config, feed, bus, logger, stillGood } = deps;
+  const present = new Map<Delivery, { address: string; close(): void; closed: Promise<void> }>();
+  const perUser = counter();
+  const perAddress = counter();
+  let closing = false;
+  const goAway = (delivery: Delivery) => delivery.shut(CLOSE.goingAway, 'server going away');
+
+  const recheck = async () => {
+    const all = [...present.keys()].filter((delivery) => !delivery.isOver());
+    const asked = all.map(({ identity }) => identity);
+    const good = await stillGood(asked);
+    for (const [i, delivery] of all.entries()) {
+      // One that was renewed meanwhile is asked about the next time.
+      if (!good[i] && delivery.identity === asked[i])
+        delivery.shut(CLOSE.policy, 'the credential is not good any more');
+    }
+  };
+  let checking = false;
+  let checkAgain = false;
+  let checkedAt = performance.now();
+  const look = () => {
+    if (checking) {
+      checkAgain = true;
+      return;
+    }
+    checking = true;
+    checkAgain = false;
+    checkedAt = performance.now();
+    recheck()
+      // Without the database nothing is known, and nothing is delivered either.
+      .catch((error: unknown) => logger.debug({ err: error }, 'credentials were not looked up again'))
+      .finally(() => {
+        checking = false;
+        if (checkAgain) look();
+      });
+  };
+  const tending = setInterval(() => {
+    const now = performance.now();
+    for (const delivery of present.keys()) {
+      try {
+        delivery.tend(now);
+      } catch (error) {
+        delivery.fail(error);
+      }
+    }
+    if (present.size > 0 && now - checkedAt >= rhythm.recheck) look();
+  }, rhythm.tend);
+  tending.unref();
+  const offCredentials = bus.on(CREDENTIALS_TOPIC, () => {
+    if (present.size > 0) look();
+  });
+  const offAway = feed.onAway(() => {
+    for (const delivery of present.keys()) {
+      delivery.tell('error', {
+        code: 'database_away',
+        detail: 'Nothing can be told at the moment. It goes on by itself, and nothing is missed.',
+      });
+    }
+  });
+
+  return {
+    admit(userId, address) {
+      const refuse = (what: string) =>
+        new Problem('rate-limited', `There are too many connections ${what}: close some of them.`, {
+          headers: { 'retry-after': '10' },
+        });
+      if (perUser.of(userId) >= config.WS_MAX_CONNECTIONS_PER_USER) throw refuse('of this user');
+      if (perAddress.of(address) >= config.WS_MAX_CONNECTIONS_PER_ADDRESS) throw refuse('from this address');
+    },
+    open(wire, address, hello) {
+      const delivery = new Delivery(deps, rhythm, wire, hello);
+      let close = () => {};
+      const closed = new Promise<void>((resolve) => {
+        close = resolve;
+      });
+      present.set(delivery, { address, close, closed });
+      perUser.add(hello.identity.userId, 1);
+      perAddress.add(address, 1);
+      if (closing) goAway(delivery);
+      return delivery;
+    },
+    ended(delivery) {
+      const entry = present.get(delivery);
+      if (!entry) return;
+      present.delete(delivery);
+      delivery.gone();
+      perUser.add(delivery.identity.userId, -1);
+      perAddress.add(entry.address, -1);
+      entry.close();
+    },
+    counts() {
+      const subscriptions: Record<string, number> = {};
+      for (const { subscription } of present.keys()) {
+        for (const topic of subscription.topics()) subscriptions[topic] = (subscriptions[topic] ?? 0) + 1;
+      }
+      return { connections: present.size, users: perUser.size(), subscriptions };
+    },
+    async closeAll() {
+      closing = true;
+      clearInterval(tending);
+      offCredentials();
+      offAway();
+      const ending = [...present];
+      for (const [delivery] of ending) goAway(delivery);
+      await Promise.all(ending.map(([, { closed }]) => closed));
+    },
+  };
+}
+
+function counter() {
+  const counts = new Map<unknown, number>();
+  return {
+    of: (key: unknown) => counts.get(key) ?? 0,
+    add(key: unknown, n: number) {
+      const count = (counts.get(key) ?? 0) + n;
+      if (count > 0) counts.set(key, count);
+      else counts.delete(key);
+    },
+    size: () => counts.size,
+  };
+}
