@@ -38,7 +38,7 @@ export async function benchDatabase(): Promise<BenchDatabase> {
     pool,
     clear: async () => {
       await pool.query(
-        'set session_replication_role = replica; truncate users, refresh_tokens, api_keys, projects, agents, tasks, executions, occurrences, audit_log, event_outbox, events, audit_chain, audit_pending, agent_stats_hourly, idempotency_keys cascade; set session_replication_role = origin',
+        'set session_replication_role = replica; truncate users, refresh_tokens, api_keys, projects, agents, tasks, executions, occurrences, audit_log, event_outbox, events, audit_chain, audit_pending, agent_stats_hourly, idempotency_keys, ws_tickets cascade; set session_replication_role = origin',
       );
     },
     async stop() {
@@ -60,7 +60,11 @@ export interface BenchServer {
 }
 
 /** Starts the built server (dist/main.js) as a process of its own on `port`. */
-export async function benchServer(databaseUrl: string, port: number): Promise<BenchServer> {
+export async function benchServer(
+  databaseUrl: string,
+  port: number,
+  env: Record<string, string> = {},
+): Promise<BenchServer> {
   const folder = await mkdtemp(join(tmpdir(), 'muster-bench-'));
   return startProcess([resolve('dist/main.js')], port, '/health', {
     PORT: String(port),
@@ -71,6 +75,7 @@ export async function benchServer(databaseUrl: string, port: number): Promise<Be
     LOG_LEVEL: 'warn',
     RATE_LIMIT_PER_MINUTE: '1000000',
     RATE_LIMIT_ACTIVITY_PER_MINUTE: '1000000',
+    ...env,
   });
 }
 

@@ -4,6 +4,10 @@ import type { Logger } from './platform/logger.ts';
 // Several processes of one server (WORKERS). The primary serves nothing: it hands connections out in turn, starts a worker
 // anew when one dies, and replaces all of them one after the other when it is told to, so that new code and new certificates
 // come in without a failed request: the new worker serves before the old one is told to go.
+//
+// Connections are handed out by the primary (round robin) and not taken by whoever wakes first: sockets live for hours, and
+// an uneven start would stay. Its price: what is handed to a worker in the moment between its sudden death and the notice
+// of that is never answered, and its client waits for its own timeout.
 
 /** The pause before a worker that died is started anew: doubled each time, unless it had lived for so long. */
 const FIRST_PAUSE_MS = 100;

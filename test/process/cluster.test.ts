@@ -59,6 +59,8 @@ describe('WORKERS=2', () => {
 
     const [victim = 0] = before;
     process.kill(victim, 'SIGKILL');
+    // What is handed to a dead worker before the primary has noticed is lost: Node waits for its answer for ever.
+    await server.saying(/a worker died/);
     const after = await until(
       () => pids(server.url).catch(() => new Set<number>()),
       (now) => now.size === 2 && !now.has(victim),
