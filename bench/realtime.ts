@@ -90,7 +90,8 @@ async function steady(redisUrl: string): Promise<void> {
           : [await startFloor(PORT, redisUrl), await startFloor(PORT + 1, redisUrl)];
       const crowds: Clients[] = [];
       for (const [i] of servers.entries()) {
-        crowds.push(await openClients(PORT + i, 1_000 / servers.length, () => path));
+        // Each call makes one event of this topic, whose title carries the time of the call.
+        crowds.push(await openClients(PORT + i, 1_000 / servers.length, () => `${path}&topics=calendar`));
       }
       const times: number[] = [];
       for (const clients of crowds) {

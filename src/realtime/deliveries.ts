@@ -21,9 +21,10 @@ export interface Deliveries {
 
 /** The deliveries of this process. */
 export function createDeliveries(
-  deps: DeliveryDeps & { bus: Bus; stillGood: StillGood },
+  given: Omit<DeliveryDeps, 'turn'> & { bus: Bus; stillGood: StillGood },
   rhythm: typeof RHYTHM = RHYTHM,
 ): Deliveries {
+  const deps = { ...given, turn: takingTurns() };
   const { config, feed, bus, logger, stillGood } = deps;
   const present = new Map<Delivery, { address: string; close(): void; closed: Promise<void> }>();
   const perUser = counter();
@@ -131,6 +132,26 @@ export function createDeliveries(
       await Promise.all(ending.map(([, { closed }]) => closed));
     },
   };
+}
+
+/** How many stretches of work are done before other things get on. */
+const TURNS_AT_ONCE = 4;
+
+function takingTurns(): () => Promise<void> {
+  const waiting: (() => void)[] = [];
+  let scheduled = false;
+  const next = () => {
+    scheduled = waiting.length > TURNS_AT_ONCE;
+    for (const go of waiting.splice(0, TURNS_AT_ONCE)) go();
+    if (scheduled) setImmediate(next);
+  };
+  return () =>
+    new Promise((resolve) => {
+      waiting.push(resolve);
+      if (scheduled) return;
+      scheduled = true;
+      setImmediate(next);
+    });
 }
 
 function counter() {

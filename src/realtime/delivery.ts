@@ -6,7 +6,7 @@ import type { Identity } from '../http/authenticate.ts';
 import { isDatabaseAway } from '../http/problem.ts';
 import type { Logger } from '../platform/logger.ts';
 import { CLOSE } from './close-codes.ts';
-import { type Feed, keptEvents, type PlacedEvent, visibleEvents } from './feed.ts';
+import { type Feed, keptEvents, type PlacedEvent, type Stretch, visibleEvents } from './feed.ts';
 import type { Subscription } from './subscription.ts';
 
 // How events reach one client, over a WebSocket or as Server-Sent Events:
@@ -50,6 +50,8 @@ export interface Wire {
   send(text: PlacedEvent['text'], type: string, eventId?: number): void;
   /** Bytes that were sent and are not on their way yet. */
   waiting(): number;
+  /** Sends what `work` sends in as few packets as can be. */
+  together(work: () => void): void;
   /** Resolves when what was sent so far is on its way, or the connection is gone. */
   flushed(): Promise<void>;
   /** Shows the client, and whatever is in between, that the connection lives. */
@@ -64,7 +66,12 @@ export interface DeliveryDeps {
   db: Database;
   feed: Feed;
   logger: Logger;
+  /** Resolves when it is this caller's turn to do a stretch of work, so that thousands of them do not stop the process. */
+  turn: () => Promise<void>;
 }
+
+/** How much of a replay goes out in one stretch. */
+const REPLAY_BYTES = 65_536;
 
 /** A class for its size: there are tens of thousands, and closures would cost each of them kilobytes. */
 export class Delivery {
@@ -227,27 +234,47 @@ export class Delivery {
   }
 
   async #isKnown(id: number): Promise<boolean> {
-    const kept = await keptEvents(this.#deps.db);
+    const { feed, db } = this.#deps;
+    if (id <= feed.position() && (await feed.recent(id))) return true;
+    const kept = await keptEvents(db);
     // Who saw none and there was none has missed none.
     if (kept === undefined) return id === 0;
     return id >= kept.first - 1 && id <= kept.last;
   }
 
+  /** What comes next for this client: from memory when that reaches back so far, else from the database; undefined if gone. */
+  async #missed(): Promise<Stretch | undefined> {
+    const { db, feed } = this.#deps;
+    const recent = await feed.recent(this.#place);
+    if (recent) return recent;
+    const userId = this.identity.role === 'admin' ? undefined : this.identity.userId;
+    const stretch = await visibleEvents(db, this.#place, feed.position(), userId);
+    // Asked after the look: what was deleted before it is missing from it.
+    return (await this.#isKnown(this.#place)) ? stretch : undefined;
+  }
+
   async #replay(): Promise<void> {
     if (this.isOver()) return;
     this.#state = 'replaying';
-    const { db, feed, config } = this.#deps;
+    const { feed, config, turn } = this.#deps;
     while (!this.isOver() && this.#place < feed.position()) {
-      const userId = this.identity.role === 'admin' ? undefined : this.identity.userId;
-      const { events, upTo } = await visibleEvents(db, this.#place, feed.position(), userId);
-      // Asked after the look: what was deleted before it is missing from it.
-      if (!(await this.#isKnown(this.#place))) return this.#startAnew();
-      for (const event of events) {
+      const missed = await this.#missed();
+      if (!missed) return this.#startAnew();
+      for (let i = 0; i < missed.events.length && !this.isOver(); ) {
+        // Thousands may come back at once: each gets its turn, and everything else gets on in between.
+        await turn();
         // It must not be the replay that makes a client too slow.
         if (this.#wire.waiting() > config.WS_MAX_BUFFERED_BYTES / 4) await this.#wire.flushed();
-        if (this.#isWanted(event)) this.#send(event.text, event.type, event.eventId);
+        this.#wire.together(() => {
+          for (let bytes = 0; i < missed.events.length && bytes < REPLAY_BYTES; i++) {
+            const event = missed.events[i];
+            if (!event || !this.#isWanted(event)) continue;
+            this.#send(event.text, event.type, event.eventId);
+            bytes += event.text.length;
+          }
+        });
       }
-      this.#place = upTo;
+      this.#place = missed.upTo;
     }
     this.#goLive();
   }

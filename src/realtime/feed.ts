@@ -24,6 +24,11 @@ export interface Feed {
   start(): void;
   /** Calls `listener` with every event after the feed's present position, in order; the answer ends that. */
   subscribe(listener: (event: PlacedEvent) => void): () => void;
+  /**
+   * The events after the place `after` and up to the feed's own, in order and of everybody, when that is near enough to be
+   * kept in memory; else undefined. `upTo` is the place up to which these are all.
+   */
+  recent(after: number): Promise<Stretch | undefined>;
   /** Calls `listener` when the database went away, once each time; the answer takes it off again. */
   onAway(listener: () => void): () => void;
   /** The place up to which listeners were given everything; -1 until the feed has found its own. */
@@ -48,6 +53,9 @@ interface EventRow {
 
 const PAGE = 500;
 const LOOK_ANYWAY_MS = 1_000;
+/** How much is kept in memory for those who were away for a moment only, so that a thousand of them cost no query each. */
+const RECENT_EVENTS = 2_000;
+const RECENT_BYTES = 8 * 1_048_576;
 /** After so much text the sockets get to write. */
 const BREATH_BYTES = 65_536;
 /** How many ids one look for a user's events goes through, so that none of them takes long however rare they are. */
@@ -60,6 +68,13 @@ const AFTER = {
     from events where event_id > $1 order by event_id limit ${PAGE}`,
 };
 
+const BEFORE = {
+  name: 'feed-before',
+  text: `
+    select event_id, user_id, shared, topic, type, task_id, project_id, agent_id, data, created_at
+    from events where event_id <= $1 order by event_id desc limit ${RECENT_EVENTS}`,
+};
+
 /** Served by the primary key, whose range the window bounds. */
 const VISIBLE_BETWEEN = {
   name: 'feed-visible-between',
@@ -70,7 +85,7 @@ const VISIBLE_BETWEEN = {
 };
 
 /** A stretch of the order: the events of it that were asked for, and the place up to which these are all. */
-interface Stretch {
+export interface Stretch {
   events: PlacedEvent[];
   upTo: number;
 }
@@ -117,6 +132,17 @@ function placed(row: EventRow): PlacedEvent {
   };
 }
 
+/** The index of the first event after the place `after`. */
+function firstAfter(events: readonly PlacedEvent[], after: number): number {
+  let [low, high] = [0, events.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if ((events[middle]?.eventId ?? 0) > after) high = middle;
+    else low = middle + 1;
+  }
+  return low;
+}
+
 /**
  * Follows `events` for the listeners of this process. It starts at the end, and from then on gives every event once and in
  * order: it reads by `event_id`, which is the order in which events become visible (relay.ts), so a ring that is lost only
@@ -139,8 +165,43 @@ export function createFeed(deps: { db: Database; bus: Bus; logger: Logger }): Fe
     foundPlace = resolve;
   });
 
+  // The events after `recentAfter` and up to the position.
+  let recent: PlacedEvent[] = [];
+  let recentBytes = 0;
+  let recentAfter = -1;
+  let refilling: Promise<void> | undefined;
+  const keep = (event: PlacedEvent) => {
+    recent.push(event);
+    recentBytes += event.text.length;
+    if (recent.length < RECENT_EVENTS * 2 && recentBytes < RECENT_BYTES) return;
+    const dropped = recent.splice(0, Math.ceil(recent.length / 2));
+    recentAfter = dropped.at(-1)?.eventId ?? recentAfter;
+    for (const { text } of dropped) recentBytes -= text.length;
+  };
+  const jump = (to: number) => {
+    position = to;
+    recent = [];
+    recentBytes = 0;
+    recentAfter = to;
+  };
+  /** Puts in front of what is kept what came before it. */
+  const refill = async () => {
+    const until = recentAfter;
+    const { rows } = await db.query<EventRow>({ ...BEFORE, values: [until] });
+    // It moved on meanwhile.
+    if (recentAfter !== until) return;
+    for (const row of rows) {
+      const event = placed(row);
+      recentBytes += event.text.length;
+      if (recentBytes > RECENT_BYTES / 2) break;
+      recent.unshift(event);
+      recentAfter = event.eventId - 1;
+    }
+  };
+
   const hand = (event: PlacedEvent) => {
     position = event.eventId;
+    keep(event);
     for (const listener of listeners) {
       try {
         listener(event);
@@ -154,7 +215,7 @@ export function createFeed(deps: { db: Database; bus: Bus; logger: Logger }): Fe
     if (position < 0 || listeners.size === 0) {
       const last = (await keptEvents(db))?.last ?? 0;
       // Whoever began to listen meanwhile was promised everything after the old position.
-      if (position < 0 || listeners.size === 0) position = Math.max(position, last);
+      if (position < 0 || listeners.size === 0) jump(Math.max(position, last));
       foundPlace();
     }
     while (listeners.size > 0) {
@@ -187,6 +248,16 @@ export function createFeed(deps: { db: Database; bus: Bus; logger: Logger }): Fe
     subscribe(listener) {
       listeners.add(listener);
       return () => void listeners.delete(listener);
+    },
+    async recent(after) {
+      if (after < recentAfter && recent.length < RECENT_EVENTS) {
+        refilling ??= refill().finally(() => {
+          refilling = undefined;
+        });
+        await refilling;
+      }
+      if (position < 0 || after < recentAfter) return undefined;
+      return { events: recent.slice(firstAfter(recent, after)), upTo: position };
     },
     onAway(listener) {
       awayListeners.add(listener);

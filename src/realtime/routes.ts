@@ -1,4 +1,5 @@
-import type { IncomingMessage } from 'node:http';
+import type { IncomingMessage, ServerResponse } from 'node:http';
+import type { Socket } from 'node:net';
 import websocket from '@fastify/websocket';
 import type { FastifyRequest } from 'fastify';
 import { z } from 'zod';
@@ -114,7 +115,10 @@ export async function realtimeRoutes(
       const { last_event_id: lastEventId, topics } = request.query as z.output<typeof query>;
       const subscription = createSubscription(topics ?? EVENT_TOPICS);
       const hello = { identity: identityOf(request), subscription, lastEventId };
-      openSocket({ deliveries, verify: deps.verify }, socket, addressKey(request), hello);
+      request.log.info({ req: request, status: 101 }, 'request');
+      const connection = request.raw.socket;
+      letGo(connection);
+      openSocket({ deliveries, verify: deps.verify }, { socket, connection }, addressKey(request), hello);
     },
   );
 
@@ -159,6 +163,14 @@ export async function realtimeRoutes(
       };
     },
   );
+}
+
+/**
+ * Lets go of the answer that an upgraded connection will never give: with it go the request and all that was made for it,
+ * several kilobytes that each socket would hold on to.
+ */
+function letGo(connection: Socket & { _httpMessage?: ServerResponse }): void {
+  connection._httpMessage?.detachSocket(connection);
 }
 
 function identityOf(request: FastifyRequest): Identity {

@@ -28,6 +28,11 @@ export function openStream(deliveries: Deliveries, reply: FastifyReply, address:
     send(text, type, eventId) {
       raw.write(`${eventId === undefined ? '' : `id: ${eventId}\n`}event: ${type}\ndata: ${String(text)}\n\n`);
     },
+    together(work) {
+      raw.cork();
+      work();
+      raw.uncork();
+    },
     waiting: () => raw.writableLength,
     flushed: () =>
       new Promise((resolve) => {

@@ -1,3 +1,4 @@
+import type { Duplex } from 'node:stream';
 import type { WebSocket } from '@fastify/websocket';
 import { requireScope } from '../http/access.ts';
 import type { VerifyCredential } from '../http/authenticate.ts';
@@ -28,11 +29,16 @@ const MESSAGES_PER_SECOND = 50;
 
 const AS_TEXT = { binary: false } as const;
 
-/** A socket as a wire. */
-function wireOf(socket: WebSocket): Wire {
+/** A socket, and the connection below it, as a wire. */
+function wireOf(socket: WebSocket, connection: Duplex): Wire {
   return {
     answers: true,
     send: (text) => socket.send(text, AS_TEXT),
+    together(work) {
+      connection.cork();
+      work();
+      connection.uncork();
+    },
     waiting: () => socket.bufferedAmount,
     flushed: () => new Promise<void>((resolve) => socket.ping(undefined, undefined, () => resolve())),
     beat: () => socket.ping(),
@@ -47,11 +53,11 @@ function wireOf(socket: WebSocket): Wire {
 /** Takes over a socket that was just opened. Attaches its handlers before it returns, so that no message is missed. */
 export function openSocket(
   { deliveries, verify }: { deliveries: Deliveries; verify: VerifyCredential },
-  socket: WebSocket,
+  { socket, connection }: { socket: WebSocket; connection: Duplex },
   address: string,
   hello: Hello,
 ): void {
-  const delivery = deliveries.open(wireOf(socket), address, hello);
+  const delivery = deliveries.open(wireOf(socket, connection), address, hello);
   let faults = 0;
   let allowance = MESSAGES_AT_ONCE;
   let countedAt = performance.now();
@@ -92,6 +98,8 @@ export function openSocket(
   });
   socket.on('pong', () => delivery.heard());
   // Who breaks the protocol (frames too large, not UTF-8, …) is closed by the library with the right code.
+  // The plugin's own listener holds on to the request, kilobytes for each socket, and has nothing more to do.
+  socket.removeAllListeners('error');
   socket.on('error', () => delivery.gone());
   socket.once('close', () => deliveries.ended(delivery));
   // What the client sends already waits until it was greeted.

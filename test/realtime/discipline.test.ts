@@ -1,6 +1,7 @@
 import { once } from 'node:events';
 import { createServer, type Server } from 'node:http';
 import type { AddressInfo } from 'node:net';
+import type { Duplex } from 'node:stream';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { type WebSocket, WebSocketServer } from 'ws';
 import { readConfig } from '../../src/config.ts';
@@ -56,13 +57,16 @@ interface Sockets {
   open(socket: WebSocket, hello: Hello): void;
   closeAll(): Promise<void>;
 }
+/** What a socket of `ws` stands on. */
+const connectionOf = (socket: WebSocket) => (socket as unknown as { _socket: Duplex })._socket;
 /** The sockets of a process whose credentials are all good. */
-function createSockets(deps: DeliveryDeps, rhythm = RHYTHM): Sockets {
+function createSockets(deps: Omit<DeliveryDeps, 'turn'>, rhythm = RHYTHM): Sockets {
   const stillGood = async (identities: readonly unknown[]) => identities.map(() => true);
   const deliveries = createDeliveries({ ...deps, bus: silentBus, stillGood }, rhythm);
   const verify = () => Promise.reject(new Error('Nobody logs in here.'));
   return {
-    open: (socket, hello) => takeOver({ deliveries, verify }, socket, 'here', hello),
+    open: (socket, hello) =>
+      takeOver({ deliveries, verify }, { socket, connection: connectionOf(socket) }, 'here', hello),
     closeAll: deliveries.closeAll,
   };
 }
@@ -225,7 +229,7 @@ test('what is deleted in the middle of a replay is told with resync_required', a
       return db.query(statement);
     },
   };
-  const { client } = await open({ lastEventId: 0 }, createSockets({ config, db: pruning, feed, logger }));
+  const { client } = await open({ lastEventId: 0 }, createSockets({ config, db: pruning, feed: forgetful(), logger }));
   expect((await client.ack).data['resumed']).toBe(true);
   await client.frame(({ type }) => type === 'resync_required');
   await emit(db, numbered(4, { userId: 1 }));
@@ -268,7 +272,10 @@ describe('a fault of ours', () => {
     await emit(db, numbered(1, { userId: 1 }));
     for (const message of ['a fault', 'Connection terminated unexpectedly']) {
       const broken: Database = { ...db, query: () => Promise.reject(new Error(message)) };
-      const { client } = await open({ lastEventId: 0 }, createSockets({ config, db: broken, feed, logger }));
+      const { client } = await open(
+        { lastEventId: 0 },
+        createSockets({ config, db: broken, feed: forgetful(), logger }),
+      );
       expect((await client.closed).code).toBe(1011);
     }
   });
@@ -290,6 +297,9 @@ test('going away closes every socket with 1001, also one that is just opening an
   expect(deaf.end.readyState).toBe(deaf.end.CLOSED);
   deaf.client.socket.terminate();
 });
+
+/** The feed, as if what it keeps in memory never reached back far enough. */
+const forgetful = (): Feed => ({ ...feed, recent: async () => undefined });
 
 /** The feed, whose readiness and events wait for the test. */
 function heldFeed(): Feed & { letReady(): void; listeners: Set<(event: PlacedEvent) => void> } {
