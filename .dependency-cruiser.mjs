@@ -54,7 +54,14 @@ export default {
       comment: 'The command line agent talks to the server over HTTP only.',
       severity: 'error',
       from: { path: '^dist/runner/' },
-      to: { path: '^dist/', pathNot: '^dist/(runner/|platform/stop-signals\\.js$)' },
+      to: { path: '^dist/', pathNot: '^dist/(runner/|client/|platform/stop-signals\\.js$)' },
+    },
+    {
+      name: 'client-stands-on-nothing',
+      comment: 'It is copied beside pages as it is.',
+      severity: 'error',
+      from: { path: '^dist/client/' },
+      to: { path: '.' },
     },
     {
       name: 'not-resolvable',

@@ -1,10 +1,4 @@
-/** A frame of the server. */
-export interface Envelope {
-  type: string;
-  event_id?: number;
-  timestamp: string;
-  data: Record<string, unknown>;
-}
+import type { Envelope } from '../client/muster-client.ts';
 
 const MAX_TEXT = 200;
 
