@@ -26,7 +26,8 @@ export function createDeliveries(
 ): Deliveries {
   const deps = { ...given, turn: takingTurns() };
   const { config, feed, bus, logger, stillGood } = deps;
-  const present = new Map<Delivery, { address: string; close(): void; closed: Promise<void> }>();
+  const present = new Map<Delivery, string>();
+  let whenEmpty: (() => void) | undefined;
   const perUser = counter();
   const perAddress = counter();
   let closing = false;
@@ -96,24 +97,20 @@ export function createDeliveries(
     },
     open(wire, address, hello) {
       const delivery = new Delivery(deps, rhythm, wire, hello);
-      let close = () => {};
-      const closed = new Promise<void>((resolve) => {
-        close = resolve;
-      });
-      present.set(delivery, { address, close, closed });
+      present.set(delivery, address);
       perUser.add(hello.identity.userId, 1);
       perAddress.add(address, 1);
       if (closing) goAway(delivery);
       return delivery;
     },
     ended(delivery) {
-      const entry = present.get(delivery);
-      if (!entry) return;
+      const address = present.get(delivery);
+      if (address === undefined) return;
       present.delete(delivery);
       delivery.gone();
       perUser.add(delivery.identity.userId, -1);
-      perAddress.add(entry.address, -1);
-      entry.close();
+      perAddress.add(address, -1);
+      if (present.size === 0) whenEmpty?.();
     },
     counts() {
       const subscriptions: Record<string, number> = {};
@@ -127,9 +124,12 @@ export function createDeliveries(
       clearInterval(tending);
       offCredentials();
       offAway();
-      const ending = [...present];
-      for (const [delivery] of ending) goAway(delivery);
-      await Promise.all(ending.map(([, { closed }]) => closed));
+      if (present.size === 0) return;
+      const empty = new Promise<void>((resolve) => {
+        whenEmpty = resolve;
+      });
+      for (const delivery of [...present.keys()]) goAway(delivery);
+      await empty;
     },
   };
 }

@@ -70,37 +70,50 @@ const KINDS = ['task_ids', 'project_ids', 'agent_ids'] as const;
 
 /** A subscription to whole topics. */
 export function createSubscription(initial: readonly Topic[]): Subscription {
-  const topics = new Set(initial);
-  let only: Record<(typeof KINDS)[number], Set<number>> | undefined;
+  return new TopicSubscription(initial);
+}
 
-  return {
-    covers(event) {
-      if (!topics.has(event.topic)) return false;
-      if (only === undefined) return true;
-      return (
-        (event.taskId !== null && only.task_ids.has(event.taskId)) ||
-        (event.projectId !== null && only.project_ids.has(event.projectId)) ||
-        (event.agentId !== null && only.agent_ids.has(event.agentId))
-      );
-    },
-    change(message) {
-      const namesIds = KINDS.some((kind) => message[kind] !== undefined);
-      if (message.type === 'unsubscribe') {
-        for (const topic of message.topics ?? []) topics.delete(topic);
-        for (const kind of KINDS) for (const id of message[kind] ?? []) only?.[kind].delete(id);
-        return true;
-      }
-      const wanted = {
-        task_ids: new Set([...(only?.task_ids ?? []), ...(message.task_ids ?? [])]),
-        project_ids: new Set([...(only?.project_ids ?? []), ...(message.project_ids ?? [])]),
-        agent_ids: new Set([...(only?.agent_ids ?? []), ...(message.agent_ids ?? [])]),
-      };
-      if (KINDS.some((kind) => wanted[kind].size > MAX_IDS)) return false;
-      if (namesIds) only = wanted;
-      else if (message.topics !== undefined) only = undefined;
-      for (const topic of message.topics ?? []) topics.add(topic);
+/** A class for its size: every client has one. */
+class TopicSubscription implements Subscription {
+  readonly #topics: Set<Topic>;
+  #only: Record<(typeof KINDS)[number], Set<number>> | undefined;
+
+  constructor(initial: readonly Topic[]) {
+    this.#topics = new Set(initial);
+  }
+
+  covers(event: PlacedEvent): boolean {
+    if (!this.#topics.has(event.topic)) return false;
+    const only = this.#only;
+    if (only === undefined) return true;
+    return (
+      (event.taskId !== null && only.task_ids.has(event.taskId)) ||
+      (event.projectId !== null && only.project_ids.has(event.projectId)) ||
+      (event.agentId !== null && only.agent_ids.has(event.agentId))
+    );
+  }
+
+  change(message: Extract<ClientMessage, { type: 'subscribe' | 'unsubscribe' }>): boolean {
+    const only = this.#only;
+    const namesIds = KINDS.some((kind) => message[kind] !== undefined);
+    if (message.type === 'unsubscribe') {
+      for (const topic of message.topics ?? []) this.#topics.delete(topic);
+      for (const kind of KINDS) for (const id of message[kind] ?? []) only?.[kind].delete(id);
       return true;
-    },
-    topics: () => [...topics],
-  };
+    }
+    const wanted = {
+      task_ids: new Set([...(only?.task_ids ?? []), ...(message.task_ids ?? [])]),
+      project_ids: new Set([...(only?.project_ids ?? []), ...(message.project_ids ?? [])]),
+      agent_ids: new Set([...(only?.agent_ids ?? []), ...(message.agent_ids ?? [])]),
+    };
+    if (KINDS.some((kind) => wanted[kind].size > MAX_IDS)) return false;
+    if (namesIds) this.#only = wanted;
+    else if (message.topics !== undefined) this.#only = undefined;
+    for (const topic of message.topics ?? []) this.#topics.add(topic);
+    return true;
+  }
+
+  topics(): Topic[] {
+    return [...this.#topics];
+  }
 }
