@@ -234,7 +234,7 @@ describe('a start', () => {
       listen_addresses: '',
       TimeZone: 'UTC',
       jit: 'off',
-      max_connections: '60',
+      max_connections: '300',
     });
     await expect(query(postgres.url, `select 'secret'::int`)).rejects.toThrow('secret');
     expect(await readFile(join(dataDir, 'postgres.log'), 'utf8')).not.toContain('secret');

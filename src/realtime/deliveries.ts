@@ -1,4 +1,4 @@
-import { CREDENTIALS_TOPIC, type StillGood } from '../http/authenticate.ts';
+import { CREDENTIALS_TOPIC, type Identity, type StillGood } from '../http/authenticate.ts';
 import { Problem } from '../http/problem.ts';
 import type { Bus } from '../platform/bus.ts';
 import { CLOSE } from './close-codes.ts';
@@ -34,13 +34,17 @@ export function createDeliveries(
   const goAway = (delivery: Delivery) => delivery.shut(CLOSE.goingAway, 'server going away');
 
   const recheck = async () => {
-    const all = [...present.keys()].filter((delivery) => !delivery.isOver());
-    const asked = all.map(({ identity }) => identity);
-    const good = await stillGood(asked);
-    for (const [i, delivery] of all.entries()) {
-      // One that was renewed meanwhile is asked about the next time.
-      if (!good[i] && delivery.identity === asked[i])
+    // A credential may have many connections.
+    const asked = new Map<string, Identity>();
+    for (const { identity } of present.keys()) asked.set(credentialOf(identity), identity);
+    const good = await stillGood([...asked.values()]);
+    const ended = new Set([...asked.keys()].filter((_, i) => !good[i]));
+    if (ended.size === 0) return;
+    for (const delivery of present.keys()) {
+      // One that was renewed meanwhile has another credential.
+      if (ended.has(credentialOf(delivery.identity))) {
         delivery.shut(CLOSE.policy, 'the credential is not good any more');
+      }
     }
   };
   let checking = false;
@@ -62,16 +66,26 @@ export function createDeliveries(
         if (checkAgain) look();
       });
   };
-  const tending = setInterval(() => {
-    const now = performance.now();
+  const tendAll = async () => {
+    let tended = 0;
     for (const delivery of present.keys()) {
       try {
-        delivery.tend(now);
+        delivery.tend(performance.now());
       } catch (error) {
         delivery.fail(error);
       }
+      // Ten thousand pings at once would hold everything else up.
+      if (++tended % TENDED_AT_ONCE === 0) await new Promise((done) => setImmediate(done));
     }
-    if (present.size > 0 && now - checkedAt >= rhythm.recheck) look();
+  };
+  let isTending = false;
+  const tending = setInterval(() => {
+    if (present.size > 0 && performance.now() - checkedAt >= rhythm.recheck) look();
+    if (isTending) return;
+    isTending = true;
+    void tendAll().finally(() => {
+      isTending = false;
+    });
   }, rhythm.tend);
   tending.unref();
   const offCredentials = bus.on(CREDENTIALS_TOPIC, () => {
@@ -133,6 +147,12 @@ export function createDeliveries(
     },
   };
 }
+
+/** How many are looked after before other things get on. */
+const TENDED_AT_ONCE = 250;
+
+/** What tells credentials, and the rights they were given, apart. */
+const credentialOf = ({ userId, role, apiKeyId, family }: Identity) => `${userId} ${role} ${apiKeyId} ${family}`;
 
 /** How many stretches of work are done before other things get on. */
 const TURNS_AT_ONCE = 4;

@@ -223,7 +223,7 @@ describe('the chain', () => {
     }
   });
 
-  test('whatever is tampered with is found, and the first bad entry named', async () => {
+  test('whatever is tampered with is found, and the first bad entry named', { timeout: 240_000 }, async () => {
     await server.db.query({
       text: `with l as (insert into audit_log (user_id, owner_id, operation, entity_type, entity_id, changed_fields, ip_address)
         select $1, $1, 'UPDATE', 'task', i, '{"a":{"old":1,"new":2}}', '10.0.0.1' from generate_series(1, 60) i returning id)

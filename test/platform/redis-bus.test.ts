@@ -108,7 +108,55 @@ describe.runIf(haveRedis())('the bus over Redis', () => {
     await reaches(two.bus, one, 'at last');
   });
 
-  test('notices a subscription that hears nothing although its connection lives', async () => {
+  test('notices a subscription that hears nothing although its connection lives, and makes another', async () => {
+    const database = await createTestDatabase();
+    closers.push(database.drop);
+    const redis = await redisOnPort();
+    closers.push(redis.stop);
+    redis.start();
+    const pool = createPool({ url: database.url, size: 2, name: 'muster-test', logger });
+    closers.push(() => pool.end());
+    const real = connectRedis(redis.url, logger);
+    closers.push(real.close);
+    let deaf = false;
+    let renewed = 0;
+    const bus = await createBus({
+      pool,
+      directUrl: database.url,
+      logger,
+      redis: {
+        ...real,
+        subscribe(channel, onMessage, onReady) {
+          const subscription = real.subscribe(channel, (message) => deaf || onMessage(message), onReady);
+          return {
+            renew() {
+              renewed += 1;
+              deaf = false;
+              subscription.renew();
+            },
+            close: subscription.close,
+          };
+        },
+      },
+    });
+    closers.push(bus.close);
+    const heard: (string | undefined)[] = [];
+    bus.on('topic', (detail) => heard.push(detail));
+    const other = await start(database, redis.url);
+    await reaches(other.bus, { heard }, 'before');
+    deaf = true;
+    await until(
+      async () => renewed,
+      (times) => times === 1,
+    );
+    await until(
+      async () => heard,
+      (all) => all.includes(undefined),
+    );
+    await reaches(other.bus, { heard }, 'after');
+  });
+
+  test('comes back after its subscriptions were cut', async () => {
     const database = await createTestDatabase();
     closers.push(database.drop);
     const redis = await redisOnPort();
@@ -118,7 +166,6 @@ describe.runIf(haveRedis())('the bus over Redis', () => {
     await reaches(one.bus, two, 'works');
     const admin = new Redis(redis.url);
     closers.push(() => admin.disconnect());
-    // As after a fail-over that kept connections and lost subscriptions: those may not listen, but stay connected.
     await admin.call('CLIENT', 'KILL', 'TYPE', 'pubsub');
     two.heard.length = 0;
     await reaches(one.bus, two, 'heals');
