@@ -11,6 +11,7 @@ async function main(): Promise<void> {
   const options = readOptions();
   const done = await new Promise<number>((resolve) => {
     let told = false;
+    let unreachable: string | undefined;
     /** Why the server does not take us, which a WebSocket alone does not tell. */
     class Watching extends WebSocket {
       constructor(url: string, protocols: string[]) {
@@ -21,6 +22,10 @@ async function main(): Promise<void> {
           this.terminate();
           if (statusCode === 401) end('The server does not take this key.');
           if (statusCode === 403) end('This key may not watch: it needs the scope read.');
+          unreachable = `The server answered ${statusCode}`;
+        });
+        this.on('error', (error: NodeJS.ErrnoException) => {
+          unreachable ??= `The server cannot be reached (${error.code ?? error.message})`;
         });
       }
     }
@@ -42,7 +47,8 @@ async function main(): Promise<void> {
         if (state === 'closed' && detail !== 'closed by the caller') end(`The key is not good any more: ${detail}.`);
         if (state !== 'waiting' || told) return;
         told = true;
-        process.stderr.write(`${detail}; trying on\n`);
+        process.stderr.write(`${unreachable ?? detail}; trying on\n`);
+        unreachable = undefined;
       },
     });
     onStopSignals(
