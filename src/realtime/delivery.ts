@@ -50,8 +50,6 @@ export interface Wire {
   send(text: PlacedEvent['text'], type: string, eventId?: number): void;
   /** Bytes that were sent and are not on their way yet. */
   waiting(): number;
-  /** Sends what `work` sends in as few packets as can be. */
-  together(work: () => void): void;
   /** Resolves when what was sent so far is on its way, or the connection is gone. */
   flushed(): Promise<void>;
   /** Shows the client, and whatever is in between, that the connection lives. */
@@ -265,14 +263,12 @@ export class Delivery {
         await turn();
         // It must not be the replay that makes a client too slow.
         if (this.#wire.waiting() > config.WS_MAX_BUFFERED_BYTES / 4) await this.#wire.flushed();
-        this.#wire.together(() => {
-          for (let bytes = 0; i < missed.events.length && bytes < REPLAY_BYTES; i++) {
-            const event = missed.events[i];
-            if (!event || !this.#isWanted(event)) continue;
-            this.#send(event.text, event.type, event.eventId);
-            bytes += event.text.length;
-          }
-        });
+        for (let bytes = 0; i < missed.events.length && bytes < REPLAY_BYTES; i++) {
+          const event = missed.events[i];
+          if (!event || !this.#isWanted(event)) continue;
+          this.#send(event.text, event.type, event.eventId);
+          bytes += event.text.length;
+        }
       }
       this.#place = missed.upTo;
     }

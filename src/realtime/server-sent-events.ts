@@ -26,12 +26,12 @@ export function openStream(deliveries: Deliveries, reply: FastifyReply, address:
     answers: false,
     // The envelope is JSON in one line, so it is one line of data.
     send(text, type, eventId) {
+      // What is sent in one go leaves in one packet.
+      if (raw.writableCorked === 0) {
+        raw.cork();
+        process.nextTick(() => raw.uncork());
+      }
       raw.write(`${eventId === undefined ? '' : `id: ${eventId}\n`}event: ${type}\ndata: ${String(text)}\n\n`);
-    },
-    together(work) {
-      raw.cork();
-      work();
-      raw.uncork();
     },
     waiting: () => raw.writableLength,
     flushed: () =>
