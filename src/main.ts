@@ -11,7 +11,7 @@ import { createLogger } from './platform/logger.ts';
 import { StartupError } from './platform/startup-error.ts';
 import { onStopSignals } from './platform/stop-signals.ts';
 import { listenError, prepareDatabase, startMuster } from './start.ts';
-import { type ReadyMessage, superviseWorkers } from './supervisor.ts';
+import { superviseWorkers, takeLeave, type WorkerMessage } from './supervisor.ts';
 
 const { version } = JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')) as {
   version: string;
@@ -45,6 +45,7 @@ async function main(): Promise<void> {
       stopping = true;
       if (err) logger.fatal({ err }, 'stopping after an error that nobody handled');
       for (let close = closers.pop(); close; close = closers.pop()) await close();
+      if (cluster.isWorker) await takeLeave();
       logger.info('stopped');
     },
   );
@@ -131,7 +132,7 @@ async function main(): Promise<void> {
     closers.push(running.stop);
     if (stopping) return;
     if (cluster.isWorker) {
-      process.send?.({ ready: running.url } satisfies ReadyMessage);
+      process.send?.({ ready: running.url } satisfies WorkerMessage);
       return;
     }
     reload = running.reload;

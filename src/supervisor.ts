@@ -16,9 +16,24 @@ const LIVED_MS = 30_000;
 /** How much longer than its own timeout a worker gets to end before it is killed. */
 const KILL_AFTER_MS = 2_000;
 
-/** What a worker tells when it serves. */
-export interface ReadyMessage {
-  ready: string;
+/** What a worker tells: its address when it serves, and that it is about to end. */
+export type WorkerMessage = { ready: string } | { leaving: true };
+
+/** How long a worker waits for the primary's word that it may end. */
+const LEAVE_WITHIN_MS = 1_000;
+
+/**
+ * Waits, in a worker that takes no more connections, until the primary knows. What it had handed over before arrives before
+ * its answer, and is handed on to another worker; a worker that ended without would take such a connection with it, whose
+ * client then waits for ever.
+ */
+export function takeLeave(): Promise<void> {
+  return new Promise((resolve) => {
+    if (!process.connected) return resolve();
+    setTimeout(resolve, LEAVE_WITHIN_MS);
+    process.on('message', () => resolve());
+    process.send?.({ leaving: true } satisfies WorkerMessage);
+  });
 }
 
 export interface Supervisor {
@@ -54,8 +69,9 @@ export function superviseWorkers(options: {
   const start = (): { worker: Worker; serves: Promise<string> } => {
     const worker = cluster.fork(env);
     const serves = new Promise<string>((resolve, reject) => {
-      worker.on('message', (message: Partial<ReadyMessage>) => {
-        if (typeof message?.ready === 'string') resolve(message.ready);
+      worker.on('message', (message: WorkerMessage) => {
+        if ('ready' in message) resolve(message.ready);
+        else if (worker.isConnected()) worker.send('leave');
       });
       worker.once('exit', () => reject(new Error('The worker ended before it served.')));
       worker.once('error', reject);

@@ -222,11 +222,19 @@ describe.runIf(haveRedis())('the bus over Redis', () => {
       );
       expect(await redis.increment(`count-${url}`, 1_000)).toMatchObject({ count: 1 });
       expect(await redis.exchange('{k}', 'a', 'hello', 5)).toEqual(['hello']);
+      const over = new Redis(url.includes('cluster') ? clusterPort : masterPort, '127.0.0.1');
+      closers.push(() => over.disconnect());
+      const seen: string[] = [];
+      over.on('message', (_channel: string, message: string) => seen.push(message));
+      await over.subscribe('muster');
       const [one, two] = [await start(database, url), await start(database, url)];
       await reaches(one.bus, two, url);
       await until(
-        async () => one.heard,
-        (heard) => heard.includes(undefined),
+        async () => {
+          one.bus.ring('topic', `${url} over Redis`);
+          return seen.some((message) => message.includes('over Redis'));
+        },
+        (found) => found,
       );
     }
   });

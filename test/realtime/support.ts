@@ -36,7 +36,10 @@ export function openSocket(
   url: string,
   options: { protocols?: string[]; headers?: Record<string, string> } = {},
 ): Client {
-  const socket = new WebSocket(url.replace(/^http/, 'ws'), options.protocols ?? [], { headers: options.headers ?? {} });
+  const socket = new WebSocket(url.replace(/^http/, 'ws'), options.protocols ?? [], {
+    headers: options.headers ?? {},
+    handshakeTimeout: 15_000,
+  });
   const frames: Frame[] = [];
   const waiting = new Set<() => void>();
   const look = () => {
