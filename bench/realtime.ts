@@ -1,7 +1,6 @@
 // npm run bench:realtime: what dashboards cost, beside a bare ws server in the same run. BENCH_SOCKETS for another number
 // than 10,000. Rounds of ours and of the floor take turns; medians.
 import { type ChildProcess, spawn } from 'node:child_process';
-import { availableParallelism } from 'node:os';
 import { resolve } from 'node:path';
 import { Redis } from 'ioredis';
 import { type Clients, openClients } from './socket-clients.ts';
@@ -10,6 +9,7 @@ import {
   benchDatabase,
   benchServer,
   benchUser,
+  createTable,
   median,
   post,
   quantile,
@@ -23,13 +23,7 @@ const REDIS_PORT = 18_190;
 const BOUNDS = { WS_MAX_CONNECTIONS_PER_USER: '1000000', WS_MAX_CONNECTIONS_PER_ADDRESS: '1000000' };
 const pause = (ms: number) => new Promise((done) => setTimeout(done, ms));
 
-const table: Record<string, string>[] = [];
-function row(what: string, ours: number, floor?: number, goal = '–'): void {
-  const ratio = floor === undefined ? '' : (ours / floor).toFixed(2);
-  const line = { what, ours: ours.toFixed(1), floor: floor?.toFixed(1) ?? '', ratio, goal };
-  console.log(`${what}: ${line.ours}${floor === undefined ? '' : `, floor ${line.floor}, ratio ${ratio}`}`);
-  table.push(line);
-}
+const { row, print } = createTable();
 
 const db = await benchDatabase();
 await db.clear();
@@ -172,8 +166,7 @@ try {
   if (redis.pid === undefined) console.log('without redis-server on the PATH, two workers over Redis are not measured');
   else await steady(`redis://127.0.0.1:${REDIS_PORT}`);
   await storm();
-  console.log(`Node ${process.version}, ${availableParallelism()} cores, medians of ${ROUNDS} rounds`);
-  console.table(table);
+  print(ROUNDS);
 } finally {
   redis?.kill('SIGKILL');
   await db.stop();

@@ -1,6 +1,5 @@
 // npm run bench:rest: what REST costs. Two calls against the same calls on bare Fastify, and lists, search, calendar and
 // metrics at a million tasks (BENCH_TASKS for another number). Rounds of ours and of the floor take turns; medians.
-import { availableParallelism } from 'node:os';
 import { resolve } from 'node:path';
 import type pg from 'pg';
 import { load, request } from './load.ts';
@@ -9,6 +8,7 @@ import {
   benchDatabase,
   benchServer,
   benchUser,
+  createTable,
   median,
   quantile,
   startProcess,
@@ -166,13 +166,7 @@ async function lists(db: BenchDatabase, token: string): Promise<void> {
 
 const day = (days: number) => new Date(Math.floor(Date.now() / 86_400_000 + days) * 86_400_000).toISOString();
 
-const table: Record<string, string>[] = [];
-function row(what: string, ours: number, floor?: number, goal = '–'): void {
-  const ratio = floor === undefined ? '' : (ours / floor).toFixed(2);
-  const line = { what, ours: ours.toFixed(1), floor: floor?.toFixed(1) ?? '', ratio, goal };
-  console.log(`${what}: ${line.ours}${floor === undefined ? '' : `, floor ${line.floor}, ratio ${ratio}`}`);
-  table.push(line);
-}
+const { row, print } = createTable();
 
 const db = await benchDatabase();
 try {
@@ -184,8 +178,7 @@ try {
   const { rows } = await db.pool.query<{ id: string }>('select max(id) as id from tasks');
   await lists(db, token);
   await calls(db, token, Number(rows[0]?.id));
-  console.log(`Node ${process.version}, ${availableParallelism()} cores, medians of ${ROUNDS} rounds`);
-  console.table(table);
+  print(ROUNDS);
 } finally {
   await db.stop();
 }

@@ -1,7 +1,7 @@
 import { type ChildProcess, spawn } from 'node:child_process';
 import { readFileSync } from 'node:fs';
 import { mkdtemp, rm } from 'node:fs/promises';
-import { tmpdir } from 'node:os';
+import { availableParallelism, tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
 import pg from 'pg';
 import { migrateDatabase } from '../src/db/migrate.ts';
@@ -134,4 +134,24 @@ export async function post<T>(url: string, key: string, body: unknown): Promise<
   });
   if (!answer.ok) throw new Error(`${url} answered ${answer.status}: ${await answer.text()}`);
   return (await answer.json()) as T;
+}
+
+/** The table of a run: each line is said when it is known, and all of them together at the end. */
+export function createTable(): {
+  row(what: string, ours: number, floor?: number, goal?: string): void;
+  print(rounds: number): void;
+} {
+  const lines: Record<string, string>[] = [];
+  return {
+    row(what, ours, floor, goal = '–') {
+      const ratio = floor === undefined ? '' : (ours / floor).toFixed(2);
+      const line = { what, ours: ours.toFixed(1), floor: floor?.toFixed(1) ?? '', ratio, goal };
+      console.log(`${what}: ${line.ours}${floor === undefined ? '' : `, floor ${line.floor}, ratio ${ratio}`}`);
+      lines.push(line);
+    },
+    print(rounds) {
+      console.log(`Node ${process.version}, ${availableParallelism()} cores, medians of ${rounds} rounds`);
+      console.table(lines);
+    },
+  };
 }

@@ -69,11 +69,7 @@ export function createDeliveries(
   const tendAll = async () => {
     let tended = 0;
     for (const delivery of present.keys()) {
-      try {
-        delivery.tend(performance.now());
-      } catch (error) {
-        delivery.fail(error);
-      }
+      guard(delivery, () => delivery.tend(performance.now()));
       // Ten thousand pings at once would hold everything else up.
       if (++tended % TENDED_AT_ONCE === 0) await new Promise((done) => setImmediate(done));
     }
@@ -92,12 +88,7 @@ export function createDeliveries(
     if (present.size > 0) look();
   });
   const offAway = feed.onAway(() => {
-    for (const delivery of present.keys()) {
-      delivery.tell('error', {
-        code: 'database_away',
-        detail: 'Nothing can be told at the moment. It goes on by itself, and nothing is missed.',
-      });
-    }
+    for (const delivery of present.keys()) guard(delivery, () => delivery.tellAway());
   });
 
   return {
@@ -146,6 +137,15 @@ export function createDeliveries(
       await empty;
     },
   };
+}
+
+/** Does what concerns one client so that its fault reaches no other. */
+function guard(delivery: Delivery, work: () => void): void {
+  try {
+    work();
+  } catch (error) {
+    delivery.fail(error);
+  }
 }
 
 /** How many are looked after before other things get on. */

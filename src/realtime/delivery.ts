@@ -47,7 +47,7 @@ export interface Hello {
 /** What carries it to the client. */
 export interface Wire {
   /** `eventId` is given for what has a place in the order. */
-  send(text: PlacedEvent['text'], type: string, eventId?: number): void;
+  send(text: string | Buffer, type: string, eventId?: number): void;
   /** Bytes that were sent and are not on their way yet. */
   waiting(): number;
   /** Resolves when what was sent so far is on its way, or the connection is gone. */
@@ -184,6 +184,15 @@ export class Delivery {
     }
   }
 
+  /** Tells that nothing comes for a while, to a client that was greeted. */
+  tellAway(): void {
+    if (this.#state !== 'live' && this.#state !== 'replaying') return;
+    this.tell('error', {
+      code: 'database_away',
+      detail: 'Nothing can be told at the moment. It goes on by itself, and nothing is missed.',
+    });
+  }
+
   /** Beats, tells the place or gives up, whatever is due at `now` (performance.now()). */
   tend(now: number): void {
     if (this.isOver()) return;
@@ -202,7 +211,7 @@ export class Delivery {
     }
   }
 
-  #send(text: PlacedEvent['text'], type: string, eventId?: number): void {
+  #send(text: string | Buffer, type: string, eventId?: number): void {
     if (this.isOver()) return;
     if (this.#wire.waiting() > this.#deps.config.WS_MAX_BUFFERED_BYTES) {
       this.shut(CLOSE.tooSlow, 'too slow: come back with last_event_id');

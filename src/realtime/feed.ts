@@ -16,7 +16,8 @@ export interface PlacedEvent {
   projectId: number | null;
   agentId: number | null;
   type: string;
-  text: Buffer | string;
+  /** As bytes, or each socket would encode it again. */
+  text: Buffer;
 }
 
 export interface Feed {
@@ -127,7 +128,7 @@ function placed(row: EventRow): PlacedEvent {
     projectId: row.project_id,
     agentId: row.agent_id,
     type: row.type,
-    // `data` is JSON text already: it is put in as it stands. As bytes, or each socket would encode it again.
+    // `data` is JSON text already: it is put in as it stands.
     text: Buffer.from(`${head.slice(0, -1)},"data":${row.data}}`),
   };
 }
@@ -170,6 +171,8 @@ export function createFeed(deps: { db: Database; bus: Bus; logger: Logger }): Fe
   let recentBytes = 0;
   let recentAfter = -1;
   let refilling: Promise<void> | undefined;
+  /** Where the last refill ended: more than that there is not, or would be too much. */
+  let refilledTo = -1;
   const keep = (event: PlacedEvent) => {
     recent.push(event);
     recentBytes += event.text.length;
@@ -190,13 +193,15 @@ export function createFeed(deps: { db: Database; bus: Bus; logger: Logger }): Fe
     const { rows } = await db.query<EventRow>({ ...BEFORE, values: [until] });
     // It moved on meanwhile.
     if (recentAfter !== until) return;
-    for (const row of rows) {
-      const event = placed(row);
+    const before: PlacedEvent[] = [];
+    for (const event of rows.map(placed)) {
+      if (recentBytes + event.text.length > RECENT_BYTES / 2) break;
       recentBytes += event.text.length;
-      if (recentBytes > RECENT_BYTES / 2) break;
-      recent.unshift(event);
-      recentAfter = event.eventId - 1;
+      before.push(event);
     }
+    recent = [...before.reverse(), ...recent];
+    recentAfter = before[0] ? before[0].eventId - 1 : recentAfter;
+    refilledTo = recentAfter;
   };
 
   const hand = (event: PlacedEvent) => {
@@ -250,7 +255,7 @@ export function createFeed(deps: { db: Database; bus: Bus; logger: Logger }): Fe
       return () => void listeners.delete(listener);
     },
     async recent(after) {
-      if (after < recentAfter && recent.length < RECENT_EVENTS) {
+      if (after < recentAfter && recentAfter !== refilledTo && recent.length < RECENT_EVENTS) {
         refilling ??= refill().finally(() => {
           refilling = undefined;
         });

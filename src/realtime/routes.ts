@@ -150,11 +150,11 @@ export async function realtimeRoutes(
       schema: { tags: ['health'], summary: 'How many follow events, and where', response: { 200: healthAnswer } },
     },
     async () => {
-      const { connections, subscriptions } = deliveries.counts();
+      const { subscriptions } = deliveries.counts();
       const { all, redis } = await workers.list();
       return {
         status: 'ok' as const,
-        connections: all.reduce((sum, worker) => sum + worker.connections, 0) || connections,
+        connections: all.reduce((sum, worker) => sum + worker.connections, 0),
         users: all.reduce((sum, worker) => sum + worker.users, 0),
         subscriptions,
         workers: all,

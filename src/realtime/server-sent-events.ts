@@ -12,6 +12,8 @@ const RETRY_MS = 2_000;
 /** Answers a request with a stream of events, until either side ends it. */
 export function openStream(deliveries: Deliveries, reply: FastifyReply, address: string, hello: Hello): void {
   const { raw } = reply;
+  // Who went away while its credential was looked up is not heard to go again, and would be counted for ever.
+  if (raw.destroyed || raw.socket?.destroyed) return;
   const headers = { ...reply.getHeaders() };
   reply.hijack();
   raw.writeHead(200, {

@@ -1,5 +1,5 @@
 import { connect } from 'node:net';
-import { afterAll, beforeAll, expect, test } from 'vitest';
+import { afterAll, beforeAll, expect, test, vi } from 'vitest';
 import { startServer, type TestServer } from '../support/server.ts';
 import { makeTask } from '../support/work.ts';
 import { openSocket, openStream } from './support.ts';
@@ -107,6 +107,38 @@ test('who does not read is let go, and nobody else notices', async () => {
   deaf.resume();
   await gone;
   stream.close();
+});
+
+test('who goes away while it is asked who it is leaves nothing behind', async () => {
+  const user = await server.newUser();
+  const { port } = new URL(server.url);
+  const health = async () => (await server.as(undefined)('GET', '//ws/health')).body.connections;
+  await expect.poll(health).toBe(0);
+  let held = 0;
+  const real = server.db.pool.query.bind(server.db.pool);
+  const look = vi.spyOn(server.db.pool, 'query').mockImplementation((async (...given: unknown[]) => {
+    const { name } = given[0] as { name?: string };
+    if (name?.startsWith('credential')) {
+      held += 1;
+      await new Promise((done) => setTimeout(done, 100));
+    }
+    return (real as (...args: unknown[]) => unknown)(...given);
+  }) as never);
+  try {
+    for (let i = 0; i < 5; i++) {
+      const client = connect(Number(port), '127.0.0.1');
+      client.on('error', () => {});
+      client.write(`GET ${events} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer ${user.token}\r\n\r\n`);
+      const before = held;
+      await expect.poll(() => held).toBeGreaterThan(before);
+      client.resetAndDestroy();
+    }
+  } finally {
+    look.mockRestore();
+  }
+  // A call that comes after them is answered after them.
+  expect((await user.call('GET', '/auth/me')).status).toBe(200);
+  await expect.poll(health).toBe(0);
 });
 
 test('a server that stops ends its streams and says so', async () => {
