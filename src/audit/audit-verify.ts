@@ -1,14 +1,13 @@
-import { createReadStream, existsSync } from 'node:fs';
+import { createReadStream } from 'node:fs';
 import { readFile, writeFile } from 'node:fs/promises';
-import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import { parseArgs } from 'node:util';
 import { z } from 'zod';
 import { readConfig } from '../config.ts';
 import { createDatabase, sqlState } from '../db/database.ts';
-import { startEmbeddedPostgres } from '../platform/embedded-postgres.ts';
+import { withConfiguredDatabase } from '../platform/configured-database.ts';
 import { createLogger } from '../platform/logger.ts';
-import { createClient, createPool } from '../platform/postgres.ts';
+import { createPool } from '../platform/postgres.ts';
 import { StartupError } from '../platform/startup-error.ts';
 import { type Heads, type Report, verifyDatabase, verifyExport } from './verify.ts';
 
@@ -45,42 +44,8 @@ async function main(): Promise<number> {
   return report.faults.length === 0 ? 0 : 1;
 }
 
-async function verifyConfigured(known: Heads): Promise<Report> {
-  const { DATABASE_URL: url, DATA_DIR: dataDir } = readConfig();
-  if (url !== undefined) return verifyAt(url, known);
-  const pgdata = join(dataDir, 'postgres');
-  if (!existsSync(join(pgdata, 'PG_VERSION'))) {
-    throw new StartupError(
-      `DATABASE_URL is not set, and ${dataDir} holds no embedded database: set DATABASE_URL or DATA_DIR. ${USAGE}`,
-    );
-  }
-  const running = await embeddedUrl(pgdata);
-  if (running !== undefined) return verifyAt(running, known);
-  const postgres = await startEmbeddedPostgres({ dataDir });
-  try {
-    return await verifyAt(postgres.url, known);
-  } finally {
-    await postgres.stop();
-  }
-}
-
-/** Where the Postgres of a running server listens, by what it wrote to postmaster.pid; undefined when none answers. */
-async function embeddedUrl(pgdata: string): Promise<string | undefined> {
-  const [, , , port, folder] = (await readFile(join(pgdata, 'postmaster.pid'), 'utf8').catch(() => '')).split('\n');
-  if (port === undefined || folder === undefined) return undefined;
-  const socket = encodeURIComponent(folder === '.' ? pgdata : folder);
-  const url = `postgres://muster@${socket}:${port}/muster?sslmode=disable`;
-  const client = createClient({ url, name: 'muster-audit', queryTimeoutMs: 5_000 });
-  client.on('error', () => {}); // The call under way rejects with the same error.
-  try {
-    await client.connect();
-    return url;
-  } catch {
-    return undefined;
-  } finally {
-    await client.end().catch(() => {});
-  }
-}
+const verifyConfigured = (known: Heads): Promise<Report> =>
+  withConfiguredDatabase(readConfig(), USAGE, (url) => verifyAt(url, known));
 
 async function verifyAt(url: string, known: Heads): Promise<Report> {
   const logger = createLogger('warn', false);
