@@ -1,5 +1,5 @@
 // Who may import whom, read from the built files: this tool does not see the modules of TypeScript 7.
-const NOUNS = 'auth|tasks|executions|projects|agents|audit|realtime|health|scheduler';
+const NOUNS = 'auth|tasks|executions|projects|agents|memory|audit|realtime|health|scheduler';
 
 export default {
   forbidden: [
@@ -70,5 +70,9 @@ export default {
       to: { couldNotResolve: true },
     },
   ],
-  options: { doNotFollow: { path: 'node_modules' }, includeOnly: undefined },
+  options: {
+    doNotFollow: { path: 'node_modules' },
+    includeOnly: undefined,
+    enhancedResolveOptions: { exportsFields: ['exports'], conditionNames: ['import', 'node', 'default'] },
+  },
 };

@@ -38,7 +38,7 @@ export async function benchDatabase(): Promise<BenchDatabase> {
     pool,
     clear: async () => {
       await pool.query(
-        'set session_replication_role = replica; truncate users, refresh_tokens, api_keys, projects, agents, tasks, executions, occurrences, audit_log, event_outbox, events, audit_chain, audit_pending, agent_stats_hourly, idempotency_keys, ws_tickets cascade; set session_replication_role = origin',
+        'set session_replication_role = replica; truncate users, refresh_tokens, api_keys, projects, agents, tasks, executions, occurrences, audit_log, event_outbox, events, audit_chain, audit_pending, agent_stats_hourly, idempotency_keys, ws_tickets, memories, memory_outbox, memory_cursor cascade; set session_replication_role = origin',
       );
     },
     async stop() {

@@ -49,6 +49,27 @@ const proxies = list.refine(
   { error: 'addresses or blocks of proxies you run, such as 10.0.0.5 or 10.0.0.0/8, separated by commas' },
 );
 
+const captured = list.refine((all) => all.every((what) => ['executions', 'activity', 'tasks', 'none'].includes(what)), {
+  error: 'some of executions, activity and tasks, separated by commas, or none',
+});
+
+const json = <T>(schema: z.ZodType<T>, error: string) =>
+  z.string().transform((text, context): T => {
+    try {
+      const parsed = schema.safeParse(JSON.parse(text));
+      if (parsed.success) return parsed.data;
+    } catch {
+      // The same sentence as for JSON of another shape.
+    }
+    context.addIssue({ code: 'custom', message: error });
+    return z.NEVER;
+  });
+const textList = json(z.array(z.string()), 'a JSON list of texts, such as ["-m","memory_server"]');
+const textMap = json(
+  z.record(z.string(), z.string()),
+  'a JSON object of texts, such as {"MEMORY_FILE_PATH":"/data/m.json"}',
+);
+
 const variables = z.object({
   NODE_ENV: z
     .enum(['development', 'production', 'test'], { error: 'development, production or test' })
@@ -103,6 +124,25 @@ const variables = z.object({
   LEASE_SECONDS: integer(2, 3600, ' seconds').prefault('30'),
   WS_MAX_CONNECTIONS_PER_USER: integer(1, 1000000, ' connections').prefault('200'),
   WS_MAX_CONNECTIONS_PER_ADDRESS: integer(1, 1000000, ' connections').prefault('1000'),
+  MEMORY_CAPTURE: captured.prefault('executions,activity'),
+  MEMORY_MCP_TRANSPORT: z
+    .enum(['streamable-http', 'stdio', 'rest'], { error: 'streamable-http, stdio or rest' })
+    .optional(),
+  MEMORY_MCP_URL: url(['http:', 'https:'], 'http://127.0.0.1:8000/mcp').optional(),
+  MEMORY_MCP_COMMAND: z.string().min(1, { error: 'a program to start' }).optional(),
+  MEMORY_MCP_ARGS: textList.optional(),
+  MEMORY_MCP_CWD: z.string().min(1, { error: 'a folder' }).optional(),
+  MEMORY_MCP_ENV: textMap.optional(),
+  MEMORY_MCP_API_KEY: z.string().min(1, { error: 'the key that the server wants' }).optional(),
+  MEMORY_MCP_PROFILE: z
+    .string()
+    .regex(/^[a-z0-9-]+$/, { error: 'the name of a profile, such as server-memory' })
+    .optional(),
+  MEMORY_MCP_SEARCH_TIMEOUT_MS: integer(10, 60000, ' milliseconds').prefault('2000'),
+  MEMORY_MCP_STORE_TIMEOUT_MS: integer(10, 60000, ' milliseconds').prefault('5000'),
+  MEMORY_MCP_WARMUP_TIMEOUT_MS: integer(100, 600000, ' milliseconds').prefault('30000'),
+  MEMORY_MCP_HEALTH_INTERVAL_MS: integer(50, 3600000, ' milliseconds').prefault('30000'),
+  MEMORY_MCP_RESET_TIMEOUT_MS: integer(50, 3600000, ' milliseconds').prefault('60000'),
   WS_MAX_BUFFERED_BYTES: integer(65536, 67108864, ' bytes').prefault('1048576'),
 });
 
@@ -149,6 +189,19 @@ export function readConfig(env: Record<string, string | undefined> = process.env
   }
   if (production && config.JWT_JWKS_URL?.startsWith('http:')) {
     throw new StartupError('JWT_JWKS_URL must be an https URL in production.');
+  }
+  const { MEMORY_MCP_TRANSPORT: transport } = config;
+  if (transport === 'stdio' && config.MEMORY_MCP_COMMAND === undefined) {
+    throw new StartupError('MEMORY_MCP_TRANSPORT=stdio needs MEMORY_MCP_COMMAND.');
+  }
+  if (transport !== undefined && transport !== 'stdio' && config.MEMORY_MCP_URL === undefined) {
+    throw new StartupError(`MEMORY_MCP_TRANSPORT=${transport} needs MEMORY_MCP_URL.`);
+  }
+  if (transport !== undefined && config.MEMORY_MCP_PROFILE === undefined) {
+    throw new StartupError('MEMORY_MCP_TRANSPORT needs MEMORY_MCP_PROFILE: the kind of server it leads to.');
+  }
+  if (transport === undefined && (config.MEMORY_MCP_URL ?? config.MEMORY_MCP_COMMAND) !== undefined) {
+    throw new StartupError('MEMORY_MCP_URL and MEMORY_MCP_COMMAND need MEMORY_MCP_TRANSPORT.');
   }
   return {
     ...config,

@@ -18,6 +18,8 @@ import { describeApi } from './http/openapi.ts';
 import { rateLimits } from './http/rate-limit.ts';
 import { requestId } from './http/request-id.ts';
 import { validateWithZod } from './http/validation.ts';
+import type { Memories } from './memory/memory.ts';
+import { memoryRoutes } from './memory/routes.ts';
 import { projectRoutes } from './projects/routes.ts';
 import type { Feed } from './realtime/feed.ts';
 import { realtimeRoutes } from './realtime/routes.ts';
@@ -37,6 +39,7 @@ export async function buildServer(
     jwtSecret: string | undefined;
     version: string;
     feed: Feed;
+    memory: Memories;
     tls?: TlsPair | undefined;
   },
 ): Promise<{ app: App; drain: Drain }> {
@@ -106,6 +109,7 @@ export async function buildServer(
       taskRoutes(api, all);
       executionRoutes(api, all);
       agentRoutes(api, all);
+      memoryRoutes(api, all);
       auditRoutes(api, all);
     },
     { prefix: '/api/v1' },

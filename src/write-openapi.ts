@@ -2,6 +2,7 @@ import { readFile, writeFile } from 'node:fs/promises';
 import { fileURLToPath } from 'node:url';
 import { readConfig } from './config.ts';
 import { createDatabase } from './db/database.ts';
+import { createMemory } from './memory/memory.ts';
 import { createLogger } from './platform/logger.ts';
 import { createPool } from './platform/postgres.ts';
 import { createFeed } from './realtime/feed.ts';
@@ -16,13 +17,15 @@ const logger = createLogger('silent', false);
 const pool = createPool({ url: 'postgres://localhost/none', size: 2, name: 'muster-openapi', logger });
 const bus = { ring() {}, on: () => () => {}, connected: () => true, close: async () => {} };
 const db = createDatabase(pool, bus);
+const config = readConfig({}, '/');
 const { app } = await buildServer({
-  config: readConfig({}, '/'),
+  config,
   db,
   bus,
   redis: undefined,
   logger,
   feed: createFeed({ db, bus, logger }),
+  memory: createMemory({ db, bus, redis: undefined, logger, config }),
   jwtSecret: 'only-used-to-describe-the-routes-0123456789',
   version: '1',
 });

@@ -8,6 +8,9 @@ import type { Drain } from '../http/drain.ts';
 import { etag, ifMatchHeaders, versions } from '../http/etag.ts';
 import { answerOnce, idempotencyHeaders } from '../http/idempotency.ts';
 import { idParams, toTime } from '../http/validation.ts';
+import { activityMemory } from '../memory/capture.ts';
+import type { Memory } from '../memory/memories.ts';
+import type { Memories } from '../memory/memory.ts';
 import type { Feed } from '../realtime/feed.ts';
 import { recordActivity } from './activity.ts';
 import { deleteAgent, heartbeatAgent, registerAgent, requireAgent, updateAgent } from './agents.ts';
@@ -29,8 +32,8 @@ import {
 } from './schemas.ts';
 
 /** The registry of agents, and the call by which they take work. */
-export function agentRoutes(app: App, deps: Deps & { drain: Drain; feed: Feed }): void {
-  const { db, bus, config, drain, feed, logger } = deps;
+export function agentRoutes(app: App, deps: Deps & { drain: Drain; feed: Feed; memory: Memories }): void {
+  const { db, bus, config, drain, feed, logger, memory } = deps;
   const access = { rule: 'owner', scopes: ['agent'] } as const;
 
   app.post(
@@ -183,12 +186,15 @@ export function agentRoutes(app: App, deps: Deps & { drain: Drain; feed: Feed })
       const told = awaitTold(feed, task_id, status);
       try {
         // Awaited here: the answer to the report needs the ears until it is made.
+        let remembered: Memory | undefined;
         return await answerOnce(
           db,
           request,
           reply,
           async (tx) => {
             const run = await recordActivity(tx, request.actor, request.body);
+            const note = memory.captures('activity') ? activityMemory(run) : undefined;
+            remembered = note && (await memory.write(tx, note));
             return {
               status: 201,
               body: {
@@ -197,14 +203,19 @@ export function agentRoutes(app: App, deps: Deps & { drain: Drain; feed: Feed })
                 agent_id,
                 task_id,
                 execution_id: run.id,
-                // There is no Memory MCP server to store it in: what was done is in Postgres, and the answer says no more.
-                stored_in_memory_mcp: false,
+                stored_in_memory_mcp: false as boolean,
                 broadcasted_via_websocket: false as boolean,
               },
             };
           },
           {
-            committed: async (body) => ({ ...body, broadcasted_via_websocket: await told.of(body.execution_id) }),
+            committed: async (body) => {
+              const [stored, broadcasted] = await Promise.all([
+                remembered && memory.state() === 'ok' ? memory.deliver(remembered) : false,
+                told.of(body.execution_id),
+              ]);
+              return { ...body, stored_in_memory_mcp: stored, broadcasted_via_websocket: broadcasted };
+            },
           },
         );
       } finally {

@@ -3,6 +3,7 @@ import {
   bigint,
   boolean,
   check,
+  customType,
   foreignKey,
   index,
   integer,
@@ -47,6 +48,24 @@ export const MISFIRE_POLICIES = [
   'skip', // a missed tick stays missed
   'fire_last', // of the missed ticks the latest is run
   'fire_all', // every missed tick is run, oldest first
+] as const;
+
+/** Why something was remembered. */
+export const MEMORY_INTENTS = [
+  'implementation',
+  'bugfix',
+  'refactor',
+  'testing',
+  'documentation',
+  'analysis',
+  'planning',
+  'research',
+] as const;
+export const MEMORY_KINDS = [
+  'note', // somebody stored it
+  'execution', // a run that ended
+  'activity', // what an agent reported of its own accord
+  'task_change',
 ] as const;
 
 export const EXECUTION_STATUSES = [
@@ -96,7 +115,7 @@ export const AGENT_STATUSES = [
 ] as const;
 
 export const AUDIT_OPERATIONS = ['CREATE', 'UPDATE', 'DELETE'] as const;
-export const EVENT_TOPICS = ['tasks', 'agents', 'calendar'] as const;
+export const EVENT_TOPICS = ['tasks', 'agents', 'calendar', 'memory'] as const;
 
 const at = (name: string) => timestamp(name, { withTimezone: true, precision: 3, mode: 'date' });
 const id = () =>
@@ -492,6 +511,93 @@ export const idempotencyKeys = pgTable(
   },
   (t) => [primaryKey({ columns: [t.userId, t.route, t.key] }), index('idempotency_keys_created_idx').on(t.createdAt)],
 );
+
+const tsvector = customType<{ data: string }>({ dataType: () => 'tsvector' });
+
+/**
+ * What was done: the system of record, of which a Memory MCP server is an index. `search` holds the words and, as one more
+ * word, the owner: so the index finds the words of one owner without those of all others.
+ */
+export const memories = pgTable(
+  'memories',
+  {
+    id: id(),
+    /** Its name on Memory MCP servers, which others may write to as well. */
+    key: uuid('key').notNull().defaultRandom(),
+    userId: reference('user_id')
+      .notNull()
+      .references(() => users.id),
+    agentId: reference('agent_id').references(() => agents.id),
+    projectId: reference('project_id').references(() => projects.id),
+    taskId: reference('task_id').references(() => tasks.id),
+    executionId: reference('execution_id'),
+    kind: text('kind', { enum: MEMORY_KINDS }).notNull().default('note'),
+    intent: text('intent', { enum: MEMORY_INTENTS }).notNull(),
+    content: text('content').notNull(),
+    metadata: jsonb('metadata').$type<Record<string, unknown>>().notNull().default({}),
+    /** Names as they were then: of the agent, the project, the task. */
+    tags: jsonb('tags').$type<MemoryTags>().notNull(),
+    /** When a Memory MCP server took it; null while none did. */
+    deliveredAt: at('delivered_at'),
+    createdAt: createdAt(),
+    search: tsvector('search').generatedAlwaysAs(
+      sql`to_tsvector('english'::regconfig, content) || array_to_tsvector(array['owner:' || user_id::text])`,
+    ),
+  },
+  (t) => [
+    uniqueIndex('memories_key_key').on(t.key),
+    uniqueIndex('memories_execution_key').on(t.executionId).where(sql`execution_id is not null`),
+    index('memories_owner_created_idx').on(t.userId, t.createdAt, t.id),
+    index('memories_project_idx').on(t.projectId, t.createdAt),
+    index('memories_task_idx').on(t.taskId, t.createdAt),
+    index('memories_delivered_idx').on(t.deliveredAt),
+    index('memories_search_idx').using('gin', t.search),
+    index('memories_trigram_idx').using('gin', sql`left(content, 1000) gin_trgm_ops`),
+    check('memories_intent_check', oneOf('intent', MEMORY_INTENTS)),
+    check('memories_kind_check', oneOf('kind', MEMORY_KINDS)),
+  ],
+);
+
+/** The names that go with a memory, nested as the wire has them. */
+export interface MemoryTags {
+  who: {
+    user_id: number;
+    agent_id: number | null;
+    agent_name: string | null;
+    agent_category: string | null;
+    capabilities: string[];
+  };
+  project: { project_id: number | null; project_name: string | null; task_id: number | null; task_name: string | null };
+}
+
+/** Memories that a Memory MCP server has yet to take. */
+export const memoryOutbox = pgTable(
+  'memory_outbox',
+  {
+    memoryId: reference('memory_id')
+      .primaryKey()
+      .references(() => memories.id, { onDelete: 'cascade' }),
+    /** From when it may be sent: the end of somebody's turn at it, or of its backoff. */
+    availableAt: at('available_at').notNull().defaultNow(),
+    attempts: integer('attempts').notNull().default(0),
+    /** It may have arrived: it must be looked for before it is sent again. */
+    ambiguous: boolean('ambiguous').notNull().default(false),
+    lastError: text('last_error'),
+    /** Given up: a person has to look (npm run memory:replay). */
+    deadAt: at('dead_at'),
+    createdAt: createdAt(),
+  },
+  (t) => [
+    index('memory_outbox_available_idx').on(t.availableAt).where(sql`dead_at is null`),
+    index('memory_outbox_dead_idx').on(t.deadAt).where(sql`dead_at is not null`),
+  ],
+);
+
+/** How far the events were read for what Muster remembers by itself. One row. */
+export const memoryCursor = pgTable('memory_cursor', {
+  id: smallint('id').primaryKey(),
+  lastEventId: reference('last_event_id').notNull(),
+});
 
 const eventColumns = () => ({
   /** Who may see it besides admins. */

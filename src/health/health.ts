@@ -23,10 +23,12 @@ export function createHealthChecks({
   db,
   bus,
   redis,
+  memory,
 }: {
   db: Database;
   bus: Bus;
   redis: RedisConnection | undefined;
+  memory: { state(): State };
 }): () => Promise<Health> {
   let running: Promise<Health> | undefined;
   let madeAt = Number.NEGATIVE_INFINITY;
@@ -55,12 +57,13 @@ export function createHealthChecks({
     ]);
     const notifications = { status: bus.connected() ? ('ok' as const) : ('away' as const), took_ms: 0 };
     const unhealthy = database.status === 'away';
-    const degraded = notifications.status === 'away' || cache.status === 'away';
+    const memoryServer = memory.state();
+    const degraded = [notifications.status, cache.status, memoryServer].includes('away');
     return {
       status: unhealthy ? 'unhealthy' : degraded ? 'degraded' : 'healthy',
       database: database.status,
       redis: cache.status,
-      memory_mcp: 'disabled',
+      memory_mcp: memoryServer,
       checks: { database, notifications, ...(redis ? { redis: cache } : {}) },
     };
   };

@@ -3,6 +3,7 @@ import type { App, Deps } from '../http/app.ts';
 import type { Drain } from '../http/drain.ts';
 import { unavailable } from '../http/problem.ts';
 import { time } from '../http/validation.ts';
+import type { Memories } from '../memory/memory.ts';
 import { createHealthChecks } from './health.ts';
 
 const state = z.enum(['ok', 'away', 'disabled']);
@@ -23,7 +24,7 @@ const healthAnswer = z
 const probeAnswer = z.object({ status: z.enum(['ok']) });
 
 /** Probes, for load balancers and people. Never limited, never signed in. */
-export function healthRoutes(app: App, deps: Deps & { drain: Drain; version: string }): void {
+export function healthRoutes(app: App, deps: Deps & { drain: Drain; version: string; memory: Memories }): void {
   const check = createHealthChecks(deps);
   const config = { access: { rule: 'public' }, limit: 'none' } as const;
   const startedAt = performance.now();

@@ -22,6 +22,10 @@ export interface RedisConnection {
   exchange(key: string, id: string, text: string, seconds: number): Promise<string[]>;
   /** Takes back what `id` said under `key`. */
   withdraw(key: string, id: string): Promise<void>;
+  /** What was kept under `key`; null when nothing is. */
+  read(key: string): Promise<string | null>;
+  /** Keeps `text` under `key` for so many seconds. */
+  keep(key: string, text: string, seconds: number): Promise<void>;
   publish(channel: string, message: string): Promise<void>;
   /**
    * Listens to `channel` on a connection of its own, again after every loss; `onReady` is called each time it listens.
@@ -189,6 +193,10 @@ export function connectRedis(url: string, logger: Logger): RedisConnection {
     },
     async withdraw(key, id) {
       await redis.hdel(`${key}:said`, id);
+    },
+    read: (key) => redis.get(key),
+    async keep(key, text, seconds) {
+      await redis.set(key, text, 'EX', seconds);
     },
     async publish(channel, message) {
       await redis.publish(channel, message);

@@ -8,6 +8,7 @@ export const EVENT_TYPES = {
   calendar_event_created: 'calendar',
   calendar_event_updated: 'calendar',
   calendar_event_deleted: 'calendar',
+  memory_status_update: 'memory',
 } as const satisfies Record<string, (typeof EVENT_TOPICS)[number]>;
 
 export type EventType = keyof typeof EVENT_TYPES;

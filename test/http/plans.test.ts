@@ -66,13 +66,21 @@ beforeAll(async () => {
     );
   }
   await run(
+    `insert into memories (user_id, project_id, task_id, intent, content, tags, delivered_at)
+     select $1, (select min(id) from projects where user_id = $1) + i % 1000,
+       (select min(id) from tasks where user_id = $1) + i % 1000, 'analysis',
+       'memory ' || md5(i::text) || ' of word' || i % 700, '{"who":{"user_id":1,"agent_id":null,"agent_name":null,"agent_category":null,"capabilities":[]},"project":{"project_id":null,"project_name":null,"task_id":null,"task_name":null}}',
+       now() from generate_series(1, ${ROWS}) i`,
+    [user.id],
+  );
+  await run(
     `insert into audit_chain (owner_id, seq, audit_id, hash, prev_hash)
      select owner_id, 1000 + row_number() over (partition by owner_id order by id), id, repeat('a', 64), repeat('b', 64)
      from audit_log where changed_fields = '{}' and not exists (select from audit_chain c where c.audit_id = audit_log.id)
        and not exists (select from audit_pending p where p.audit_id = audit_log.id)`,
   );
   // The vacuum, too: what a GIN index has not sorted in yet makes it look dear.
-  await run('vacuum analyze tasks, projects, agents');
+  await run('vacuum analyze tasks, projects, agents, memories');
   await run('analyze');
   const { rows } = await server.db.pool.query<{ project: number; agent: number; task: number }>(
     `select (select min(id) from projects where user_id = $1) as project, (select min(id) from agents where user_id = $1) as agent,
@@ -91,7 +99,7 @@ async function statementsOf(act: () => Promise<{ status: number }>): Promise<{ t
     return query.mock.calls.flatMap(([first, second]) => {
       const { text, values } = first as unknown as pg.QueryConfig;
       const sent = { text, values: (values ?? (second as unknown as unknown[] | undefined) ?? []) as unknown[] };
-      return /\b(tasks|projects|agents|executions|occurrences|audit_log|agent_stats_hourly)\b/.test(text) &&
+      return /\b(tasks|projects|agents|executions|occurrences|audit_log|agent_stats_hourly|memories)\b/.test(text) &&
         /^\s*(select|with)/i.test(text)
         ? [sent]
         : [];
@@ -160,11 +168,17 @@ describe('an index serves', () => {
     ['agents by all capabilities', () => '/agents?capabilities=c7,c8&match=all'],
     ['one agent with its metrics', () => `/agents/${agentId}`],
     ['the calendar', () => `/calendar?from=${inDays(-1)}&to=${inDays(3)}`],
+    ['the history of a task', () => `/tasks/${taskId}/history?related=true`],
+    ['the memory of a project', () => `/projects/${projectId}/memory`],
     ['the audit log', () => '/audit?total=false'],
     ['the audit log of a thing', () => '/audit?entity_type=task&entity_id=7'],
   ];
   test.each(calls)('%s', async (_name, path) => {
     await expectIndexes(() => user.call('GET', path()));
+  });
+
+  test.each(['word7', 'word7 word8', 'memory word7', 'mistipedd'])('memories with %s', async (query) => {
+    await expectIndexes(() => user.call('POST', '/memory/search', { query }));
   });
 
   test.each([

@@ -40,7 +40,7 @@ describe('the first frame', () => {
         resumed: false,
         last_event_id: expect.any(Number),
         heartbeat_interval_ms: 30_000,
-        topics: ['tasks', 'agents', 'calendar'],
+        topics: ['tasks', 'agents', 'calendar', 'memory'],
         expires_at: expect.any(String),
       },
     });
@@ -56,8 +56,8 @@ describe('the first frame', () => {
     await client.frame(({ type }) => type === 'pong');
     const answers = client.frames.filter(({ event_id: id }) => id === undefined);
     expect(answers.map(({ type, data }) => [type, data['topics']])).toEqual([
-      ['ack', ['tasks', 'agents', 'calendar']],
-      ['ack', ['tasks', 'calendar']],
+      ['ack', ['tasks', 'agents', 'calendar', 'memory']],
+      ['ack', ['tasks', 'calendar', 'memory']],
       ['pong', undefined],
     ]);
     client.socket.close();

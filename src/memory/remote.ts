@@ -1,0 +1,124 @@
+import type { Config } from '../config.ts';
+import { StartupError } from '../platform/startup-error.ts';
+import { createLink, LinkError } from './link.ts';
+import { fill, PROFILES, type Profile } from './profiles.ts';
+
+/** A memory as servers get it: its text and flat facts about it. */
+export interface Outgoing {
+  key: string;
+  content: string;
+  tags: Record<string, string | number>;
+}
+
+/** What a server found: the key of one of our memories, and how near it is, from 0 to 1. */
+export interface Hit {
+  key: string;
+  score: number;
+}
+
+/** A memory server behind its profile. Every call throws LinkError. */
+export interface Remote {
+  readonly profile: Profile;
+  store(memory: Outgoing): Promise<void>;
+  search(query: string, limit: number): Promise<Hit[]>;
+  /** Whether it has this memory, as far as it can tell. */
+  has(memory: Outgoing): Promise<boolean>;
+  /** A round trip to the store. */
+  ping(timeoutMs?: number): Promise<void>;
+  tools(): Promise<string[]>;
+  close(): Promise<void>;
+}
+
+const KEY = /muster-([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})/g;
+const PROBE_LIMIT = 20;
+
+/** The remote that the configuration names; undefined where there is none. Throws StartupError for an unknown profile. */
+export function createRemote(config: Config, onNoise: (text: string) => void = () => {}): Remote | undefined {
+  const { MEMORY_MCP_TRANSPORT: transport, MEMORY_MCP_PROFILE: name = '' } = config;
+  if (transport === undefined) return undefined;
+  const profile = Object.hasOwn(PROFILES, name) ? PROFILES[name] : undefined;
+  if (!profile) throw new StartupError(`MEMORY_MCP_PROFILE must be one of ${Object.keys(PROFILES).join(', ')}.`);
+  if (!profile.transports.includes(transport)) {
+    throw new StartupError(`MEMORY_MCP_TRANSPORT must be ${profile.transports.join(' or ')} for the profile ${name}.`);
+  }
+  const { MEMORY_MCP_SEARCH_TIMEOUT_MS: searchMs, MEMORY_MCP_STORE_TIMEOUT_MS: storeMs } = config;
+  const link = createLink(config, profile.keyHeader, onNoise);
+
+  const call = async ({ tool, args }: Profile['store'], values: Record<string, unknown>, timeoutMs: number) =>
+    link.call(tool, fill(args, values) as Record<string, unknown>, timeoutMs);
+  const search = async (query: string, limit: number, timeoutMs = searchMs) => {
+    const answer = await call(profile.search, { query, limit, scope: 'muster' }, timeoutMs);
+    requireYes(answer, profile);
+    return hitsOf(answer, profile.search);
+  };
+  return {
+    profile,
+    async store(memory) {
+      requireYes(await call(profile.store, valuesOf(memory), storeMs), profile);
+    },
+    search,
+    async has(memory) {
+      if (profile.find) {
+        const answer = await call(profile.find, valuesOf(memory), searchMs);
+        requireYes(answer, profile);
+        return JSON.stringify(answer).includes(memory.key);
+      }
+      const hits = await search(memory.content.slice(0, 300).toWellFormed(), PROBE_LIMIT);
+      return hits.some(({ key }) => key === memory.key);
+    },
+    async ping(timeoutMs = searchMs) {
+      if (profile.health) requireYes(await call(profile.health, {}, timeoutMs), profile);
+      else await search('muster health', 1, timeoutMs);
+    },
+    tools: () => link.tools(config.MEMORY_MCP_WARMUP_TIMEOUT_MS),
+    close: () => link.close(),
+  };
+}
+
+const valuesOf = ({ key, content, tags }: Outgoing) => ({
+  key,
+  content,
+  tags,
+  scope: 'muster',
+  topics: ['muster', `intent:${tags['intent']}`, `project:${tags['project']}`],
+  facts: Object.entries(tags)
+    .map(([name, value]) => `${name}: ${value}`)
+    .join('; '),
+});
+
+/** Throws when an answer that came as a success says otherwise: many servers answer errors like that. */
+function requireYes(answer: unknown, { duplicate }: Profile): void {
+  const text = typeof answer === 'string' ? answer : undefined;
+  const fields = typeof answer === 'object' && answer !== null ? (answer as Record<string, unknown>) : {};
+  const failed =
+    text === undefined
+      ? fields['success'] === false || Boolean(fields['error'])
+      : /^\s*(error|mcp error|traceback)\b/i.test(text);
+  if (!failed) return;
+  const said = text ?? JSON.stringify(fields['error'] ?? fields['message'] ?? fields);
+  if (duplicate?.test(said) || duplicate?.test(JSON.stringify(answer))) return;
+  throw new LinkError(said.slice(0, 300).toWellFormed());
+}
+
+/** The hits of an answer, best first. Each is known by the key that we gave it, wherever in the hit that stands. */
+export function hitsOf(answer: unknown, { hits: path, score: scorePath, distance }: Profile['search']): Hit[] {
+  const list = path === undefined ? undefined : path.split('.').reduce(step, answer);
+  if (path !== undefined && !Array.isArray(list)) {
+    throw new LinkError(`The answer to a search has no list of ${path}.`);
+  }
+  const entries: unknown[] = Array.isArray(list) ? list : [...String(answer).matchAll(KEY)].map(([key]) => key);
+  const found = new Map<string, number>();
+  entries.forEach((entry, i) => {
+    const [key] = JSON.stringify(entry)?.match(KEY) ?? [];
+    if (key === undefined) return;
+    const raw = scorePath === undefined ? undefined : scorePath.split('.').reduce(step, entry);
+    const given =
+      typeof raw === 'number' && Number.isFinite(raw) ? (distance ? 1 - raw : raw) : 1 - i / (entries.length + 1);
+    const score = Math.min(1, Math.max(0, given));
+    found.set(key, Math.max(score, found.get(key) ?? 0));
+  });
+  return [...found].map(([key, score]) => ({ key, score })).sort((a, b) => b.score - a.score);
+}
+
+const step = (value: unknown, name: string): unknown =>
+  typeof value === 'object' && value !== null ? (value as Record<string, unknown>)[name] : undefined;
