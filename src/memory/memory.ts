@@ -7,6 +7,7 @@ import type { Logger } from '../platform/logger.ts';
 import { type Loop, startLoop } from '../platform/loop.ts';
 import type { RedisConnection } from '../platform/redis.ts';
 import { emitEvents } from '../realtime/events.ts';
+import { databaseNow } from '../tasks/queries.ts';
 import type { Task } from '../tasks/task-events.ts';
 import { type BreakerState, createBreaker } from './breaker.ts';
 import { captureEvents } from './capture.ts';
@@ -222,7 +223,7 @@ function startRemote(
   let changedAt: Date | null = null;
   let stopped = false;
   // What the server is known to have kept; and the last memory that it said it took.
-  let verifiedAt = new Date();
+  let verifiedAt: Date | undefined;
   let latest: Memory | undefined;
 
   /** A server that answers but keeps nothing is no memory: something is stored, once, and looked for. */
@@ -269,19 +270,21 @@ function startRemote(
   const verify = async () => {
     const memory = latest;
     if (!memory || !remote.profile.find || remote.profile.async) return;
-    const at = new Date();
+    // What is sent at this moment is not verified yet, and by whatever clock but the database's it could be missed.
+    const at = await databaseNow(db);
     if (await remote.has(outgoing(memory))) {
       verifiedAt = new Date(at.getTime() - turn);
       return;
     }
     latest = undefined;
-    const count = await sendAgain(db, verifiedAt);
+    const count = await sendAgain(db, verifiedAt ?? new Date(0));
     logger.error({ count }, 'the memory server has lost what it took: it gets it again');
     bus.ring(MEMORY_TOPIC);
     throw new LinkError('It says that it stored a memory, and does not have it.');
   };
   let warm = false;
   const look = async () => {
+    verifiedAt ??= await databaseNow(db);
     if (breaker.state() === 'closed') {
       try {
         // The first call may load a model, for which no caller should wait.

@@ -1,4 +1,5 @@
 import { z } from 'zod';
+import { changedFields, recordAudit } from '../audit/record.ts';
 import { listExecutions } from '../executions/executions.ts';
 import { executionSummary, executionSummaryView } from '../executions/schemas.ts';
 import type { App, Deps } from '../http/app.ts';
@@ -7,7 +8,7 @@ import { idParams, toTime } from '../http/validation.ts';
 import { getProject } from '../projects/queries.ts';
 import { getTask } from '../tasks/queries.ts';
 import { taskAnswer, taskSummary, taskSummaryView, taskView } from '../tasks/schemas.ts';
-import { noteOf, projectMemory, taskMemories } from './memories.ts';
+import { type Memory, noteOf, projectMemory, taskMemories } from './memories.ts';
 import type { Memories } from './memory.ts';
 import {
   foundView,
@@ -52,6 +53,13 @@ export function memoryRoutes(app: App, { db, config, memory }: Deps & { memory: 
           const note = await noteOf(tx, request.actor, request.body);
           const written = await memory.write(tx, note);
           if (!written) throw new Error('The memory was not written.');
+          recordAudit(tx, request.actor, {
+            operation: 'CREATE',
+            entityType: 'memory',
+            entityId: written.id,
+            ownerId: written.userId,
+            changedFields: changedFields(null, audited(written)),
+          });
           deliver = () => memory.deliver(written);
           return {
             status: 201,
@@ -202,3 +210,15 @@ export function memoryRoutes(app: App, { db, config, memory }: Deps & { memory: 
     },
   );
 }
+
+const AUDITED_CHARACTERS = 1_000;
+
+/** What the audit log keeps of a memory: of a long one the beginning, since the memory itself never changes. */
+const audited = ({ agentId, projectId, taskId, intent, content, metadata }: Memory) => ({
+  agentId,
+  projectId,
+  taskId,
+  intent,
+  content: content.slice(0, AUDITED_CHARACTERS).toWellFormed(),
+  metadata,
+});

@@ -73,10 +73,15 @@ describe('store', () => {
 
   test('with an Idempotency-Key writes one memory', async () => {
     const { call, id } = await server.newUser();
-    const send = () => call('POST', '/memory/store', note('once'), { 'idempotency-key': 'one' });
+    const send = () =>
+      call('POST', '/memory/store', note('once', { metadata: { a: 1 } }), { 'idempotency-key': 'one' });
     const first = await send();
     const second = await send();
     expect(second.body.memory_id).toBe(first.body.memory_id);
+    const audit = await call('GET', `/audit?entity_type=memory&entity_id=${first.body.memory_id}`);
+    expect(audit.body.entries).toMatchObject([
+      { operation: 'CREATE', changed_fields: { content: { old: null, new: 'once' }, metadata: { new: { a: 1 } } } },
+    ]);
     const { rows } = await server.db.query<{ n: number }>({
       text: `select count(*)::int as n from memories where user_id = $1`,
       values: [id],
