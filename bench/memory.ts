@@ -115,8 +115,11 @@ async function seed({ pool }: BenchDatabase, count: number): Promise<number> {
     await pool.query(
       `insert into memories (user_id, intent, content, tags, delivered_at, created_at)
        select $1::bigint + i % 100, 'analysis',
-         (select string_agg('w' || substr(md5((floor(5000 * power(random(), 3)) + i * 0)::text), 1, 7), ' ') from generate_series(1, 12)),
-         '{}', now(), now() - ($3::int - i) * interval '1 second'
+         (select string_agg(word, ' ') from (
+            select 'w' || substr(md5(floor(5000 * power(random(), 3))::text), 1, 7) as word
+            from generate_series(1, 12 + i * 0)) words),
+         '{"who":{"user_id":1,"agent_id":null,"agent_name":null,"agent_category":null,"capabilities":[]},"project":{"project_id":null,"project_name":null,"task_id":null,"task_name":null}}',
+         now(), now() - ($3::int - i) * interval '1 second'
        from generate_series($2::int, $3::int) i`,
       [first, from, Math.min(from + 99_999, count)],
     );
