@@ -27,7 +27,8 @@ const env = (url: string, more: Record<string, string> = {}) => ({
 
 async function begin(more: Record<string, string> = {}) {
   remote = await startMemoryServer();
-  server = await startServer({ env: env(remote.url, more) });
+  const rest = more['MEMORY_MCP_TRANSPORT'] === 'rest';
+  server = await startServer({ env: env(rest ? new URL(remote.url).origin : remote.url, more) });
   user = await server.newUser();
   await until(async () => (await health()).last_check, Boolean);
 }
@@ -140,6 +141,24 @@ describe.each(FAULTS)('a server with the fault “%s”', (fault) => {
     ]);
     expect((await search('pears')).body).toMatchObject({ source: 'memory_mcp', degraded: false });
   });
+});
+
+test('a server over plain REST gets the key in its own header, is left alone while it fails, and gets what it missed', async () => {
+  await begin({
+    MEMORY_MCP_TRANSPORT: 'rest',
+    MEMORY_MCP_PROFILE: 'memory-mcp-triple-system-rest',
+    MEMORY_MCP_API_KEY: 'open sesame',
+  });
+  expect((await store('quinces are hard')).body.storage).toBe('memory_mcp');
+  expect(remote.headers).toMatchObject({ 'x-mcp-api-key': 'open sesame' });
+  expect((await search('quinces')).body).toMatchObject({ source: 'memory_mcp', results: [{ source: 'memory_mcp' }] });
+  remote.fault = 'half';
+  for (let i = 0; i < 3; i++) expect((await search('quinces')).body).toMatchObject({ degraded: true, results: [{}] });
+  expect((await health()).breaker_state).not.toBe('closed');
+  expect((await store('medlars are soft')).body.status).toBe('degraded');
+  remote.fault = 'none';
+  await allDelivered();
+  expect(remote.kept.map(({ text }) => text)).toEqual(['quinces are hard', 'medlars are soft']);
 });
 
 test('what a server stored although it answered too late is not sent twice', async () => {

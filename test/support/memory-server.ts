@@ -1,5 +1,11 @@
 import { randomUUID } from 'node:crypto';
-import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http';
+import {
+  createServer,
+  type IncomingHttpHeaders,
+  type IncomingMessage,
+  type Server,
+  type ServerResponse,
+} from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { McpServer } from '@modelcontextprotocol/sdk/server/mcp.js';
 import { StreamableHTTPServerTransport } from '@modelcontextprotocol/sdk/server/streamableHttp.js';
@@ -23,6 +29,8 @@ export interface MemoryServer {
   /** What it keeps, in the order in which it came: the key of a memory and its text. */
   kept: { key: string; text: string; metadata: Record<string, unknown> }[];
   calls: { store: number; search: number };
+  /** The headers of the latest call. */
+  headers: IncomingHttpHeaders;
   fault: Fault;
   /** Ends every connection and every session; it keeps what it has. */
   kill(): Promise<void>;
@@ -35,12 +43,24 @@ const SLOW_MS = 1_500;
 
 /**
  * A small memory server over Streamable HTTP with the tools of two profiles: server-memory (finds by key, one of a name) and
- * memory-mcp-triple-system (searches words, stores everything again that it gets again).
+ * memory-mcp-triple-system (searches words, stores everything again that it gets again); the latter also over plain REST.
  */
 export async function startMemoryServer(): Promise<MemoryServer> {
   let sessions = new Map<string, StreamableHTTPServerTransport>();
   const waiting = new Set<ServerResponse>();
   let http: Server | undefined;
+
+  const wordsIn = (query: string, limit: number) => {
+    const words = query.toLowerCase().match(/\w+/g) ?? [];
+    return server.kept
+      .map(({ text, metadata }) => {
+        const has = words.filter((word) => text.toLowerCase().includes(word)).length;
+        return { text, metadata, vector_score: has / Math.max(1, words.length) };
+      })
+      .filter(({ vector_score }) => vector_score > 0)
+      .sort((a, b) => b.vector_score - a.vector_score)
+      .slice(0, limit);
+  };
 
   const tools = () => {
     const mcp = new McpServer({ name: 'test-memory', version: '1' });
@@ -68,15 +88,7 @@ export async function startMemoryServer(): Promise<MemoryServer> {
       { inputSchema: { query: z.string(), limit: z.number(), mode: z.string(), detail: z.string() } },
       async ({ query, limit }) => {
         server.calls.search++;
-        const words = query.toLowerCase().match(/\w+/g) ?? [];
-        const results = server.kept
-          .map(({ text, metadata }) => {
-            const has = words.filter((word) => text.toLowerCase().includes(word)).length;
-            return { text, metadata, vector_score: has / Math.max(1, words.length) };
-          })
-          .filter(({ vector_score }) => vector_score > 0)
-          .sort((a, b) => b.vector_score - a.vector_score)
-          .slice(0, limit);
+        const results = wordsIn(query, limit);
         return say({ results });
       },
     );
@@ -104,6 +116,7 @@ export async function startMemoryServer(): Promise<MemoryServer> {
     const chunks: Buffer[] = [];
     for await (const chunk of request) chunks.push(chunk as Buffer);
     const { fault } = server;
+    server.headers = request.headers;
     if (fault === 'hang') return void waiting.add(response);
     if (fault === 'status-500') return void response.writeHead(500).end('broken');
     if (fault === 'unauthorized') return void response.writeHead(401).end('who are you?');
@@ -118,6 +131,25 @@ export async function startMemoryServer(): Promise<MemoryServer> {
       return void setImmediate(() => response.destroy());
     }
     const body: unknown = chunks.length === 0 ? undefined : JSON.parse(Buffer.concat(chunks).toString());
+    if (request.url?.startsWith('/tools/')) {
+      const { text, metadata, query, limit } = (body ?? {}) as {
+        text: string;
+        metadata: Record<string, string>;
+        query: string;
+        limit: number;
+      };
+      const answers: Record<string, () => object> = {
+        '/tools/stats': () => ({ vectors: { count: server.kept.length } }),
+        '/tools/search': () => ({ results: wordsIn(query, limit) }),
+        '/tools/memory_store': () => {
+          server.kept.push({ key: String(metadata['memory_id']), text, metadata });
+          return { success: true };
+        },
+      };
+      const answer = answers[request.url];
+      response.writeHead(answer ? 200 : 404, { 'content-type': 'application/json' });
+      return void response.end(JSON.stringify(answer?.() ?? { detail: 'Not Found' }));
+    }
     const id = request.headers['mcp-session-id'];
     let transport = typeof id === 'string' ? sessions.get(id) : undefined;
     if (!transport) {
@@ -147,6 +179,7 @@ export async function startMemoryServer(): Promise<MemoryServer> {
     url: `http://127.0.0.1:${port}/mcp`,
     kept: [],
     calls: { store: 0, search: 0 },
+    headers: {},
     fault: 'none',
     async kill() {
       sessions = new Map();
