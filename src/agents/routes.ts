@@ -211,7 +211,7 @@ export function agentRoutes(app: App, deps: Deps & { drain: Drain; feed: Feed; m
           {
             committed: async (body) => {
               const [stored, broadcasted] = await Promise.all([
-                remembered && memory.state() === 'ok' ? memory.deliver(remembered) : false,
+                remembered ? memory.deliver(remembered) : false,
                 told.of(body.execution_id),
               ]);
               return { ...body, stored_in_memory_mcp: stored, broadcasted_via_websocket: broadcasted };

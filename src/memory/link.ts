@@ -70,44 +70,39 @@ function mcpLink(config: Config, keyHeader: string | undefined, onNoise: (text: 
     client.onclose = () => {};
     void client.close().catch(() => {});
   };
-  const withClient = async <T>(timeoutMs: number, act: (client: Client) => Promise<T>): Promise<T> => {
+  /** Everything that a call needs, a connection and a second try among it, within one limit. */
+  const withClient = async <T>(timeoutMs: number, act: (client: Client, leftMs: number) => Promise<T>): Promise<T> => {
+    const deadline = performance.now() + timeoutMs;
+    const leftMs = () => Math.max(1, Math.round(deadline - performance.now()));
     for (let attempt = 1; ; attempt++) {
       if (closed) throw new LinkError('The link is closed.');
       connected ??= connect(Math.max(timeoutMs, config.MEMORY_MCP_WARMUP_TIMEOUT_MS));
       let client: Client;
       try {
-        client = await within(connected, timeoutMs);
+        client = await within(connected, leftMs());
       } catch (error) {
         throw new LinkError(`No connection: ${sentence(error)}`, { cause: error });
       }
       try {
-        return await act(client);
+        return await act(client, leftMs());
       } catch (error) {
         if (error instanceof LinkError) throw error;
-        const lostSession = error instanceof StreamableHTTPError && error.code === 404;
-        if (
-          !(error instanceof McpError) ||
-          error.code === ErrorCode.ConnectionClosed ||
-          error.code === ErrorCode.RequestTimeout
-        ) {
-          // Also after a timeout: a serial server would go on with the call that nobody waits for.
-          if (
-            config.MEMORY_MCP_TRANSPORT !== 'stdio' ||
-            !(error instanceof McpError) ||
-            error.code !== ErrorCode.RequestTimeout
-          )
-            drop(client);
-        }
+        if (isBroken(error)) drop(client);
         // The server was started again and knows no session: it has seen no call of this one.
-        if (lostSession && attempt === 1) continue;
+        if (error instanceof StreamableHTTPError && error.code === 404 && attempt === 1) continue;
         throw linkError(error);
       }
     }
   };
+  /** What the server itself answered leaves a connection whole; so does a slow answer of a process, which would lose its place. */
+  const isBroken = (error: unknown) => {
+    if (!(error instanceof McpError) || error.code === ErrorCode.ConnectionClosed) return true;
+    return error.code === ErrorCode.RequestTimeout && config.MEMORY_MCP_TRANSPORT !== 'stdio';
+  };
   return {
     call: (tool, args, timeoutMs) =>
-      withClient(timeoutMs, async (client) => {
-        const result = await client.callTool({ name: tool, arguments: args }, undefined, { timeout: timeoutMs });
+      withClient(timeoutMs, async (client, leftMs) => {
+        const result = await client.callTool({ name: tool, arguments: args }, undefined, { timeout: leftMs });
         const blocks = Array.isArray(result.content) ? (result.content as { type: string; text?: string }[]) : [];
         const text = blocks.map((block) => block.text ?? '').join('\n');
         if (result.isError === true)
@@ -116,8 +111,8 @@ function mcpLink(config: Config, keyHeader: string | undefined, onNoise: (text: 
         return parsed(text);
       }),
     tools: (timeoutMs) =>
-      withClient(timeoutMs, async (client) => {
-        const { tools } = await client.listTools(undefined, { timeout: timeoutMs });
+      withClient(timeoutMs, async (client, leftMs) => {
+        const { tools } = await client.listTools(undefined, { timeout: leftMs });
         return tools.map(({ name }) => name);
       }),
     async close() {

@@ -19,6 +19,7 @@ import {
   memoriesByKey,
   type NewMemory,
   outgoing,
+  remoteKey,
   type Scope,
   scopeOf,
   searchPostgres,
@@ -36,6 +37,7 @@ const MAX_HITS = 100;
 const CAPTURE_EVERY_MS = 1_000;
 const SEND_EVERY_MS = 5_000;
 const COPY_SECONDS = 86_400;
+const LOST = 'It says that it stored a memory, and does not have it.';
 
 export interface SearchOutcome {
   found: FoundMemory[];
@@ -143,21 +145,21 @@ export function createMemory(deps: {
       if (written && mine === 0 && remote) tx.ring(MEMORY_TOPIC);
       return written;
     },
-    deliver: async (memory) => (await server?.deliver(memory)) ?? false,
+    deliver: async (memory) => (server?.ready() ? server.deliver(memory) : false),
     search: (actor, wish) => search(scopeOf(actor), wish),
     async related(task, limit) {
       const query = `${task.name ?? ''} ${task.skillName.replace(/[-_./]+/g, ' ')}`
         .trim()
         .slice(0, 1_000)
         .toWellFormed();
-      const wish = { query, limit: limit + 5, min_score: 0 } as SearchMemory;
+      const wish = { query, limit: limit + 5, min_score: 0 };
       // In the memory of the task's owner, whoever looks.
       const outcome = await search(task.userId, wish);
       const others = ({ memory }: FoundMemory) => memory.taskId !== task.id;
       if (outcome.source === 'memory_mcp') {
         const copy = {
           at: Date.now(),
-          hits: outcome.found.map(({ memory, score }) => ({ key: `muster-${memory.key}`, score })),
+          hits: outcome.found.map(({ memory, score }) => ({ key: remoteKey(memory.key), score })),
         };
         await redis?.keep(copyKey(task), JSON.stringify(copy), COPY_SECONDS).catch(() => {});
       } else if (outcome.degraded) {
@@ -226,15 +228,16 @@ function startRemote(
   let verifiedAt: Date | undefined;
   let latest: Memory | undefined;
 
+  // Only then does it mean something that a memory is not found.
+  const asksByName = remote.profile.find !== undefined && !remote.profile.async;
+
   /** A server that answers but keeps nothing is no memory: something is stored, once, and looked for. */
   const canary = outgoing(canaryMemory);
   const probe = async () => {
     await remote.ping();
-    if (!remote.profile.idempotent || remote.profile.async || remote.profile.search.unjoinable) return;
-    if (remote.profile.find && !(await remote.has(canary))) {
-      await remote.store(canary);
-      if (!(await remote.has(canary))) throw new LinkError('It says that it stored a memory, and does not have it.');
-    }
+    if (!asksByName || (await remote.has(canary))) return;
+    await remote.store(canary);
+    if (!(await remote.has(canary))) throw new LinkError(LOST);
   };
   const breaker = createBreaker({
     resetMs: config.MEMORY_MCP_RESET_TIMEOUT_MS,
@@ -269,7 +272,7 @@ function startRemote(
   /** Whether the server still has what it took last; if not, what it took since it was known to is sent again. */
   const verify = async () => {
     const memory = latest;
-    if (!memory || !remote.profile.find || remote.profile.async) return;
+    if (!memory || !asksByName) return;
     // What is sent at this moment is not verified yet, and by whatever clock but the database's it could be missed.
     const at = await databaseNow(db);
     if (await remote.has(outgoing(memory))) {
@@ -280,7 +283,7 @@ function startRemote(
     const count = await sendAgain(db, verifiedAt ?? new Date(0));
     logger.error({ count }, 'the memory server has lost what it took: it gets it again');
     bus.ring(MEMORY_TOPIC);
-    throw new LinkError('It says that it stored a memory, and does not have it.');
+    throw new LinkError(LOST);
   };
   let warm = false;
   const look = async () => {

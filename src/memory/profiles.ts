@@ -1,8 +1,8 @@
 // Memory servers as data: what their tools are called, what they are given and where their answers lie. A new server is a
 // new row. Facts about each: the pages of the servers themselves.
 //
-// Arguments are templates: a text that is just `{name}` becomes the value as it is, other texts have their `{name}`s filled
-// in. Values: content, key (the memory's own name), query, limit, tags (flat scalars), topics (a list of texts), scope.
+// Arguments are templates: a text `{name}` becomes the value as it is. Values: content, key (the memory's own name), query,
+// limit, tags (flat scalars), topics (a list of texts), facts (the tags in one text).
 // For `rest`, a tool is a method and a path, such as `POST /tools/search`.
 
 type Template = { readonly [name: string]: unknown };
@@ -110,7 +110,7 @@ export const PROFILES: Readonly<Record<string, Profile>> = {
     store: {
       tool: 'create_long_term_memories',
       args: {
-        memories: [{ id: '{key}', text: '{content}', user_id: '{scope}', namespace: 'muster', topics: '{topics}' }],
+        memories: [{ id: '{key}', text: '{content}', user_id: 'muster', namespace: 'muster', topics: '{topics}' }],
       },
     },
     search: {
@@ -127,7 +127,7 @@ export const PROFILES: Readonly<Record<string, Profile>> = {
     transports: ['streamable-http', 'stdio'],
     store: {
       tool: 'add_memory',
-      args: { text: '{content}', user_id: '{scope}', app_id: 'muster', metadata: '{tags}' },
+      args: { text: '{content}', user_id: 'muster', app_id: 'muster', metadata: '{tags}' },
     },
     search: {
       tool: 'search_memories',
@@ -145,7 +145,7 @@ export const PROFILES: Readonly<Record<string, Profile>> = {
       args: {
         name: '{key}',
         episode_body: '{content}',
-        group_id: '{scope}',
+        group_id: 'muster',
         source: 'text',
         source_description: '{facts}',
       },
@@ -207,9 +207,8 @@ export const PROFILES: Readonly<Record<string, Profile>> = {
 /** Fills the templates of a call's arguments in. */
 export function fill(template: unknown, values: Record<string, unknown>): unknown {
   if (typeof template === 'string') {
-    const whole = /^\{(\w+)\}$/.exec(template);
-    if (whole) return values[whole[1] ?? ''];
-    return template.replace(/\{(\w+)\}/g, (_, name: string) => String(values[name] ?? ''));
+    const name = /^\{(\w+)\}$/.exec(template)?.[1];
+    return name === undefined ? template : values[name];
   }
   if (Array.isArray(template)) return template.map((entry) => fill(entry, values));
   if (typeof template === 'object' && template !== null) {

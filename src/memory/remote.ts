@@ -47,7 +47,7 @@ export function createRemote(config: Config, onNoise: (text: string) => void = (
   const call = async ({ tool, args }: Profile['store'], values: Record<string, unknown>, timeoutMs: number) =>
     link.call(tool, fill(args, values) as Record<string, unknown>, timeoutMs);
   const search = async (query: string, limit: number, timeoutMs = searchMs) => {
-    const answer = await call(profile.search, { query, limit, scope: 'muster' }, timeoutMs);
+    const answer = await call(profile.search, { query, limit }, timeoutMs);
     requireYes(answer, profile);
     return hitsOf(answer, profile.search);
   };
@@ -79,7 +79,6 @@ const valuesOf = ({ key, content, tags }: Outgoing) => ({
   key,
   content,
   tags,
-  scope: 'muster',
   topics: ['muster', `intent:${tags['intent']}`, `project:${tags['project']}`],
   facts: Object.entries(tags)
     .map(([name, value]) => `${name}: ${value}`)

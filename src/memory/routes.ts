@@ -1,20 +1,20 @@
-import { z } from 'zod';
+import type { z } from 'zod';
 import { changedFields, recordAudit } from '../audit/record.ts';
 import { listExecutions } from '../executions/executions.ts';
-import { executionSummary, executionSummaryView } from '../executions/schemas.ts';
+import { executionSummaryView } from '../executions/schemas.ts';
 import type { App, Deps } from '../http/app.ts';
 import { answerOnce, idempotencyHeaders } from '../http/idempotency.ts';
 import { idParams, toTime } from '../http/validation.ts';
 import { getProject } from '../projects/queries.ts';
 import { getTask } from '../tasks/queries.ts';
-import { taskAnswer, taskSummary, taskSummaryView, taskView } from '../tasks/schemas.ts';
+import { taskSummaryView, taskView } from '../tasks/schemas.ts';
 import { type Memory, noteOf, projectMemory, taskMemories } from './memories.ts';
 import type { Memories } from './memory.ts';
 import {
   foundView,
   healthAnswer,
+  historyAnswer,
   historyQuery,
-  memorySummary,
   memoryView,
   projectMemoryAnswer,
   searchAnswer,
@@ -73,9 +73,7 @@ export function memoryRoutes(app: App, { db, config, memory }: Deps & { memory: 
         },
         {
           committed: async (body) =>
-            memory.state() === 'ok' && (await deliver?.())
-              ? { ...body, storage: 'memory_mcp' as const, status: 'success' as const }
-              : body,
+            (await deliver?.()) ? { ...body, storage: 'memory_mcp' as const, status: 'success' as const } : body,
         },
       );
     },
@@ -165,18 +163,7 @@ export function memoryRoutes(app: App, { db, config, memory }: Deps & { memory: 
         params: idParams,
         querystring: historyQuery,
         response: {
-          200: z
-            .object({
-              task: taskAnswer,
-              executions: z.array(executionSummary),
-              memories: z.array(memorySummary),
-              related_memories: searchAnswer.shape.results,
-              related_tasks: z.array(taskSummary),
-              source: z.enum(['memory_mcp', 'redis_cache_stale', 'postgresql_fallback']),
-              degraded: z.boolean(),
-              age_seconds: z.int().meta({ description: 'How old the copy is that related memories come from.' }),
-            })
-            .meta({ id: 'TaskHistory' }),
+          200: historyAnswer,
         },
       },
     },

@@ -1,6 +1,8 @@
 import { z } from 'zod';
 import { MEMORY_INTENTS, MEMORY_KINDS } from '../db/schema.ts';
+import { executionSummary } from '../executions/schemas.ts';
 import { id, integerText, time, toTime } from '../http/validation.ts';
+import { taskAnswer, taskSummary } from '../tasks/schemas.ts';
 import type { FoundMemory, Memory } from './memories.ts';
 
 const MAX_CONTENT = 32_768;
@@ -134,6 +136,19 @@ export const historyQuery = z.strictObject({
     .optional()
     .transform((limit) => limit ?? 20),
 });
+
+export const historyAnswer = z
+  .object({
+    task: taskAnswer,
+    executions: z.array(executionSummary),
+    memories: z.array(memorySummary),
+    related_memories: z.array(found),
+    related_tasks: z.array(taskSummary),
+    source: z.enum(['memory_mcp', 'redis_cache_stale', 'postgresql_fallback']),
+    degraded: z.boolean(),
+    age_seconds: z.int().meta({ description: 'How old the copy is that related memories come from.' }),
+  })
+  .meta({ id: 'TaskHistory' });
 
 /** What goes with a memory on the wire: who, when, project and why, nested. */
 export function tagsView(memory: Memory): z.input<typeof tags> {

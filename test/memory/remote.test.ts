@@ -1,6 +1,7 @@
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, onTestFinished, test } from 'vitest';
 import { readConfig } from '../../src/config.ts';
 import { canaryOf } from '../../src/memory/memory.ts';
+import { reviveDead } from '../../src/memory/outbox.ts';
 import { createRemote } from '../../src/memory/remote.ts';
 import { type Fault, type MemoryServer, startMemoryServer } from '../support/memory-server.ts';
 import { haveRedis, redisOnPort } from '../support/redis.ts';
@@ -275,7 +276,6 @@ test('a memory that is given up is kept, shown and sent again when asked for', a
     values: [body.memory_id],
   });
   expect(await health()).toMatchObject({ backlog: 0, dead_letters: 1 });
-  const { reviveDead } = await import('../../src/memory/outbox.ts');
   expect(await reviveDead(server.db)).toBe(1);
   await until(
     async () => keys().length,

@@ -2,6 +2,7 @@ import { mkdtemp, readFile, rm } from 'node:fs/promises';
 import { createRequire } from 'node:module';
 import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
+import { pathToFileURL } from 'node:url';
 import { afterEach, beforeEach, expect, test } from 'vitest';
 import { startMemoryServer } from '../support/memory-server.ts';
 import { startProgram } from '../support/processes.ts';
@@ -26,7 +27,14 @@ beforeEach(async () => {
     MEMORY_MCP_TRANSPORT: 'stdio',
     MEMORY_MCP_PROFILE: 'server-memory',
     MEMORY_MCP_COMMAND: process.execPath,
-    MEMORY_MCP_ARGS: JSON.stringify([program]),
+    // It says its process id first, so that the test can kill it.
+    MEMORY_MCP_ARGS: JSON.stringify([
+      '--input-type=module',
+      '-e',
+      `import { writeFileSync } from 'node:fs';
+       writeFileSync(${JSON.stringify(join(folder, 'pid'))}, String(process.pid));
+       await import(${JSON.stringify(pathToFileURL(program).href)});`,
+    ]),
     MEMORY_MCP_ENV: JSON.stringify({ MEMORY_FILE_PATH: file }),
     MEMORY_MCP_RESET_TIMEOUT_MS: '300',
     MEMORY_MCP_HEALTH_INTERVAL_MS: '300',
@@ -55,11 +63,7 @@ test('stores, finds, and goes on after the server was killed', async () => {
   expect(found.body).toMatchObject({ source: 'memory_mcp', degraded: false });
   expect(found.body.results[0]).toMatchObject({ content: 'Whales sing in the deep.', source: 'memory_mcp' });
 
-  const { execFileSync } = await import('node:child_process');
-  const child = execFileSync('pgrep', ['-f', '-P', String(process.pid), program])
-    .toString()
-    .trim();
-  process.kill(Number(child), 'SIGKILL');
+  process.kill(Number(await readFile(join(folder, 'pid'), 'utf8')), 'SIGKILL');
   await store('Dolphins whistle.');
   await until(
     async () => (await entities()).map(({ observations }) => observations[0]),
