@@ -1,10 +1,12 @@
 // npm run bench:memory: what the memory costs. Store and search with a Memory MCP server that is well, away and hanging,
 // against bare calls of the SDK's client and the SQL alone; how long it takes to be left alone and to get what it missed; and
 // search in Postgres with 50,000 and a million memories (BENCH_MEMORIES for the larger number).
+
 import { Client } from '@modelcontextprotocol/sdk/client/index.js';
 import { StreamableHTTPClientTransport } from '@modelcontextprotocol/sdk/client/streamableHttp.js';
 import { createDatabase } from '../src/db/database.ts';
 import { searchPostgres } from '../src/memory/memories.ts';
+import { silentBus } from '../src/platform/bus.ts';
 import { startMemoryServer } from '../test/support/memory-server.ts';
 import { type BenchDatabase, benchDatabase, benchServer, benchUser, createTable, post, quantile } from './support.ts';
 
@@ -137,8 +139,7 @@ async function inPostgres(database: BenchDatabase, count: number): Promise<void>
     `insert into api_keys (user_id, name, prefix, key_hash, scopes) values ($1, 'bench', $2, $3, '{read,write,agent}')`,
     [first, key.slice(0, 12), createHash('sha256').update(key).digest('hex')],
   );
-  const bus = { ring() {}, on: () => () => {}, connected: () => true, close: async () => {} };
-  const db = createDatabase(database.pool, bus);
+  const db = createDatabase(database.pool, silentBus);
   const server = await benchServer(database.url, PORT, { MEMORY_CAPTURE: 'none' });
   const word = (n: number) => `w${createHash('md5').update(String(n)).digest('hex').slice(0, 7)}`;
   const kinds: [string, (i: number) => string][] = [

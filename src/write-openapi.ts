@@ -3,6 +3,7 @@ import { fileURLToPath } from 'node:url';
 import { readConfig } from './config.ts';
 import { createDatabase } from './db/database.ts';
 import { createMemory } from './memory/memory.ts';
+import { silentBus } from './platform/bus.ts';
 import { createLogger } from './platform/logger.ts';
 import { createPool } from './platform/postgres.ts';
 import { createFeed } from './realtime/feed.ts';
@@ -15,17 +16,16 @@ const FILE = fileURLToPath(new URL('../openapi.json', import.meta.url));
 const logger = createLogger('silent', false);
 // Nothing is asked of the database: the routes are only described.
 const pool = createPool({ url: 'postgres://localhost/none', size: 2, name: 'muster-openapi', logger });
-const bus = { ring() {}, on: () => () => {}, connected: () => true, close: async () => {} };
-const db = createDatabase(pool, bus);
+const db = createDatabase(pool, silentBus);
 const config = readConfig({}, '/');
 const { app } = await buildServer({
   config,
   db,
-  bus,
+  bus: silentBus,
   redis: undefined,
   logger,
-  feed: createFeed({ db, bus, logger }),
-  memory: createMemory({ db, bus, redis: undefined, logger, config }),
+  feed: createFeed({ db, bus: silentBus, logger }),
+  memory: createMemory({ db, bus: silentBus, redis: undefined, logger, config }),
   jwtSecret: 'only-used-to-describe-the-routes-0123456789',
   version: '1',
 });

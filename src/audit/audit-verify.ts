@@ -5,6 +5,7 @@ import { parseArgs } from 'node:util';
 import { z } from 'zod';
 import { readConfig } from '../config.ts';
 import { createDatabase, sqlState } from '../db/database.ts';
+import { silentBus } from '../platform/bus.ts';
 import { withConfiguredDatabase } from '../platform/configured-database.ts';
 import { createLogger } from '../platform/logger.ts';
 import { createPool } from '../platform/postgres.ts';
@@ -50,9 +51,8 @@ const verifyConfigured = (known: Heads): Promise<Report> =>
 async function verifyAt(url: string, known: Heads): Promise<Report> {
   const logger = createLogger('warn', false);
   const pool = createPool({ url, size: 2, name: 'muster-audit', logger });
-  const bus = { ring() {}, on: () => () => {}, connected: () => true, close: async () => {} };
   try {
-    return await verifyDatabase(createDatabase(pool, bus), known);
+    return await verifyDatabase(createDatabase(pool, silentBus), known);
   } finally {
     await pool.end();
   }

@@ -5,6 +5,7 @@ import { createDatabase, type Database, sqlState } from '../db/database.ts';
 import { migrateDatabase } from '../db/migrate.ts';
 import { API_KEY_SCOPES } from '../db/schema.ts';
 import { Problem } from '../http/problem.ts';
+import { silentBus } from '../platform/bus.ts';
 import { createLogger } from '../platform/logger.ts';
 import { createPool } from '../platform/postgres.ts';
 import { StartupError } from '../platform/startup-error.ts';
@@ -34,9 +35,8 @@ async function main(): Promise<void> {
   await migrateDatabase(config.DATABASE_DIRECT_URL ?? config.DATABASE_URL);
   const logger = createLogger('warn', false);
   const pool = createPool({ url: config.DATABASE_URL, size: 2, name: 'muster-admin', logger });
-  const bus = { ring() {}, on: () => () => {}, connected: () => true, close: async () => {} };
   try {
-    console.log(await createAdmin(createDatabase(pool, bus), config, admin));
+    console.log(await createAdmin(createDatabase(pool, silentBus), config, admin));
   } finally {
     await pool.end();
   }

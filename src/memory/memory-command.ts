@@ -1,6 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 import { readConfig } from '../config.ts';
 import { createDatabase, type Database, sqlState } from '../db/database.ts';
+import { silentBus } from '../platform/bus.ts';
 import { withConfiguredDatabase } from '../platform/configured-database.ts';
 import { createLogger } from '../platform/logger.ts';
 import { createPool } from '../platform/postgres.ts';
@@ -116,9 +117,8 @@ async function main(): Promise<number> {
   }
   return withConfiguredDatabase(config, USAGE, async (url) => {
     const pool = createPool({ url, size: 2, name: 'muster-memory', logger: createLogger('warn', false) });
-    const bus = { ring() {}, on: () => () => {}, connected: () => true, close: async () => {} };
     try {
-      return await act(createDatabase(pool, bus));
+      return await act(createDatabase(pool, silentBus));
     } finally {
       await pool.end();
     }

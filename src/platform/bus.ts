@@ -57,6 +57,9 @@ export interface Bus {
   close(): Promise<void>;
 }
 
+/** A bus that rings nobody, for command line tools: servers look by themselves, a little later. */
+export const silentBus: Bus = { ring() {}, on: () => () => {}, connected: () => true, close: async () => {} };
+
 /** What a way between processes reports. */
 interface Receiver {
   /** Something was sent, maybe by this process itself. */

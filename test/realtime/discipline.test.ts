@@ -7,7 +7,7 @@ import { type WebSocket, WebSocketServer } from 'ws';
 import { readConfig } from '../../src/config.ts';
 import type { Database } from '../../src/db/database.ts';
 import type { Identity } from '../../src/http/authenticate.ts';
-import type { Bus } from '../../src/platform/bus.ts';
+import { silentBus } from '../../src/platform/bus.ts';
 import { createDeliveries } from '../../src/realtime/deliveries.ts';
 import { type DeliveryDeps, type Hello, RHYTHM } from '../../src/realtime/delivery.ts';
 import { createFeed, type Feed, type PlacedEvent, visibleEvents } from '../../src/realtime/feed.ts';
@@ -52,7 +52,6 @@ const userOf = (userId: number, expiresAt: Date | null = null): Identity => ({
   family: null,
 });
 
-const silentBus: Bus = { ring() {}, on: () => () => {}, connected: () => true, close: async () => {} };
 interface Sockets {
   open(socket: WebSocket, hello: Hello): void;
   closeAll(): Promise<void>;
