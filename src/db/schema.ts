@@ -49,6 +49,20 @@ export const MISFIRE_POLICIES = [
   'fire_last', // of the missed ticks the latest is run
   'fire_all', // every missed tick is run, oldest first
 ] as const;
+export const DST_GAP_POLICIES = [
+  'skip', // a time that clocks going forward leave out is not run
+  'shift', // it is run later, by as much as is left out
+] as const;
+export const DST_FOLD_POLICIES = [
+  'first', // of a time that clocks going back bring twice the first is run
+  'both',
+] as const;
+/** Why a task is paused. */
+export const PAUSE_REASONS = [
+  'manual', // somebody paused it
+  'project', // its project was archived, and restoring that resumes it
+  'failures', // it failed as often in a row as its pause_after_failures allows
+] as const;
 
 /** Why something was remembered. */
 export const MEMORY_INTENTS = [
@@ -76,9 +90,23 @@ export const EXECUTION_STATUSES = [
   'timeout', // longer than the task's timeout_seconds
   'cancelled',
 ] as const;
-export const EXECUTION_TRIGGERS = ['schedule', 'manual', 'retry', 'activity'] as const;
+export const EXECUTION_TRIGGERS = [
+  'schedule',
+  'manual', // somebody asked for it
+  'retry',
+  'activity', // an agent did it of its own accord
+  'backfill', // a tick of the past that somebody had made up for
+  'replay', // a run that somebody had repeated
+  'adopted', // a report that came after its lease was lost, taken for the result
+] as const;
 /** Why a run did not succeed; null while it may, and when it did. */
-export const EXECUTION_CAUSES = ['agent_failed', 'lease_lost', 'run_timeout', 'cancelled'] as const;
+export const EXECUTION_CAUSES = [
+  'agent_failed',
+  'lease_lost',
+  'run_timeout',
+  'cancelled',
+  'queue_expired', // no agent took it within the task's queue_ttl_seconds
+] as const;
 
 /** How a tick of a schedule ended: every one gets exactly one verdict. */
 export const VERDICTS = [
@@ -87,6 +115,21 @@ export const VERDICTS = [
   'coalesced', // missed, and covered by a later tick's run
   'skipped_overlap', // an unfinished run was in the way
   'skipped_misfire', // missed, and the policy says to leave it
+  'paused', // the task was paused
+  'dst_gap', // clocks went forward over it, and dst_gap says to skip it
+] as const;
+/** Why a tick has its verdict, where the verdict alone does not say. */
+export const OCCURRENCE_CAUSES = [
+  'delay', // late by less than the task allows: a restart, a stall
+  'downtime', // nobody was there to fire it
+  'catch_up_limit', // more were missed than are made up for
+  'open_run', // an unfinished run, `blocked_by`
+  'queue_full', // as many runs wait as may
+  'manual', // paused by somebody
+  'project', // paused with its project
+  'failures', // paused after failures
+  'clock_change',
+  'backfill', // made up for because somebody asked
 ] as const;
 
 export const AGENT_TYPES = [
@@ -281,13 +324,47 @@ export const tasks = pgTable(
     status: text('status', { enum: TASK_STATUSES }).notNull().default('pending'),
     overlapPolicy: text('overlap_policy', { enum: OVERLAP_POLICIES }).notNull().default('skip'),
     misfirePolicy: text('misfire_policy', { enum: MISFIRE_POLICIES }).notNull().default('fire_last'),
+    /** How late a tick may be and simply run; beyond it is missed. Null: half the period, an hour at the most. */
+    maxLatenessSeconds: integer('max_lateness_seconds'),
+    /** Null: as suits the schedule (schedule/occurrences.ts). */
+    dstGap: text('dst_gap', { enum: DST_GAP_POLICIES }),
+    dstFold: text('dst_fold', { enum: DST_FOLD_POLICIES }),
+    /** No tick before, and none from. */
+    startsAt: at('starts_at'),
+    endsAt: at('ends_at'),
+    /** Its ticks run so much later at the most, each time by the same, so that tasks of one time do not run at once. */
+    spreadSeconds: integer('spread_seconds').notNull().default(0),
+    /** How many ticks may run in all. */
+    maxRuns: integer('max_runs'),
+    /** How many ticks have. */
+    firedCount: integer('fired_count').notNull().default(0),
+    pauseReason: text('pause_reason', { enum: PAUSE_REASONS }),
+    pauseUntil: at('pause_until'),
+    /** The next moment at which nothing runs but something is to be noted: see scheduler/quiet.ts. */
+    quietAt: at('quiet_at'),
+    pauseAfterFailures: integer('pause_after_failures'),
+    /** How many fires have failed for good since the last success. */
+    consecutiveFailures: integer('consecutive_failures').notNull().default(0),
     maxAttempts: integer('max_attempts').notNull().default(3),
     retryBackoffSeconds: integer('retry_backoff_seconds').notNull().default(10),
     timeoutSeconds: integer('timeout_seconds').notNull().default(3600),
+    /** How many leases of one fire may be lost before it has failed. Null: one less than max_attempts. */
+    maxLostLeases: integer('max_lost_leases'),
+    /** How long a run may wait for an agent. Null: for ever. */
+    queueTtlSeconds: integer('queue_ttl_seconds'),
+    /** How long a lease lasts without a heartbeat. Null: LEASE_SECONDS. */
+    heartbeatTimeoutSeconds: integer('heartbeat_timeout_seconds'),
+    /** It is overdue when it did not succeed for so long. */
+    expectSuccessWithinSeconds: integer('expect_success_within_seconds'),
+    lastSuccessAt: at('last_success_at'),
+    /** When it will be overdue unless it succeeds; null when nobody asks, while it is paused, and once it is. */
+    overdueAt: at('overdue_at'),
+    overdueSince: at('overdue_since'),
     agentId: reference('agent_id').references(() => agents.id),
     requiredCapabilities: text('required_capabilities').array().notNull().default([]),
-    /** Paused because its project was archived, so that restoring the project resumes it. */
-    pausedWithProject: boolean('paused_with_project').notNull().default(false),
+    /** Its name in a schedule file, and what that said of it when it was last applied. */
+    scheduleKey: text('schedule_key'),
+    scheduleBase: jsonb('schedule_base').$type<Record<string, unknown>>(),
     version: version(),
     createdAt: createdAt(),
     updatedAt: updatedAt(),
@@ -295,6 +372,12 @@ export const tasks = pgTable(
   (t) => [
     // Serves the scheduler: the due ones, soonest first.
     index('tasks_due_idx').on(t.nextRunAt, t.id).where(sql`next_run_at is not null`),
+    index('tasks_quiet_idx').on(t.quietAt, t.id).where(sql`quiet_at is not null`),
+    index('tasks_overdue_idx').on(t.overdueAt, t.id).where(sql`overdue_at is not null`),
+    index('tasks_overdue_since_idx').on(t.userId, t.overdueSince, t.id).where(sql`overdue_since is not null`),
+    uniqueIndex('tasks_schedule_key')
+      .on(t.userId, t.scheduleKey)
+      .where(sql`status <> 'deleted' and schedule_key is not null`),
     // One for each order that lists offer, led by the owner; ties are broken by id.
     index('tasks_owner_created_idx').on(t.userId, t.createdAt, t.id).where(sql`status <> 'deleted'`),
     index('tasks_owner_updated_idx').on(t.userId, t.updatedAt, t.id).where(sql`status <> 'deleted'`),
@@ -316,12 +399,17 @@ export const tasks = pgTable(
       .where(sql`status <> 'deleted'`),
     // Serves the calendar: an owner's different schedules, and the tasks of each.
     index('tasks_owner_schedule_idx')
-      .on(t.userId, t.scheduleCron, t.timezone, t.id)
+      .on(t.userId, t.scheduleCron, t.timezone, sql`coalesce(dst_gap, '')`, sql`coalesce(dst_fold, '')`, t.id)
       .where(sql`schedule_cron is not null and next_run_at is not null`),
     check('tasks_status_check', oneOf('status', TASK_STATUSES)),
     check('tasks_priority_check', sql.raw(`priority between 0 and ${PRIORITIES.length - 1}`)),
     check('tasks_overlap_check', oneOf('overlap_policy', OVERLAP_POLICIES)),
     check('tasks_misfire_check', oneOf('misfire_policy', MISFIRE_POLICIES)),
+    check('tasks_dst_gap_check', oneOf('dst_gap', DST_GAP_POLICIES)),
+    check('tasks_dst_fold_check', oneOf('dst_fold', DST_FOLD_POLICIES)),
+    check('tasks_pause_reason_check', oneOf('pause_reason', PAUSE_REASONS)),
+    check('tasks_bounds_check', sql`starts_at < ends_at`),
+    check('tasks_spread_check', sql`${t.spreadSeconds} between 0 and 86400`),
     check('tasks_schedule_check', sql`schedule_cron is null or run_at is null`),
     check('tasks_max_attempts_check', sql`${t.maxAttempts} between 1 and 20`),
     check('tasks_armed_check', sql`next_run_at is null or status not in ('disabled', 'deleted')`),
@@ -354,13 +442,22 @@ export const executions = pgTable(
     params: jsonb('params').$type<Record<string, unknown>>().notNull(),
     priority: smallint('priority').notNull(),
     timeoutSeconds: integer('timeout_seconds').notNull(),
+    heartbeatTimeoutSeconds: integer('heartbeat_timeout_seconds'),
     pinnedAgentId: reference('pinned_agent_id'),
     requiredCapabilities: text('required_capabilities').array().notNull().default([]),
     /** From when an agent may take it; null while it waits for the run before it. */
     availableAt: at('available_at'),
+    /** Until when it waits for an agent. */
+    expiresAt: at('expires_at'),
+    /** How many leases were lost before this attempt, of the same fire. */
+    lostLeases: integer('lost_leases').notNull().default(0),
+    /** The run that it repeats. */
+    replayOf: reference('replay_of'),
     /** The fence: a new one at each claim, so a report on an older lease matches no row. */
     leaseToken: uuid('lease_token'),
     leaseExpiresAt: at('lease_expires_at'),
+    /** The fence that was taken away: who still reports under it is heard as an orphan. */
+    lostToken: uuid('lost_token'),
     deadlineAt: at('deadline_at'),
     cancelRequested: boolean('cancel_requested').notNull().default(false),
     progress: jsonb('progress').$type<{ percent?: number; message?: string }>(),
@@ -369,6 +466,10 @@ export const executions = pgTable(
     outputText: text('output_text'),
     errorText: text('error_text'),
     outputTruncated: boolean('output_truncated').notNull().default(false),
+    /** How many characters of output were sent while it ran (execution_output). */
+    streamedLength: integer('streamed_length').notNull().default(0),
+    /** What it answered, as JSON. */
+    result: jsonb('result').$type<unknown>(),
     createdAt: createdAt(),
   },
   (t) => [
@@ -380,8 +481,11 @@ export const executions = pgTable(
     index('executions_agent_running_idx').on(t.agentId).where(sql`status = 'running'`),
     // Serves the scheduler, which wakes agents when a retry's backoff is over.
     index('executions_available_idx').on(t.availableAt).where(sql`status = 'queued'`),
-    // Serves the reaper.
+    // Serve the reaper.
     index('executions_lease_idx').on(t.leaseExpiresAt).where(sql`status = 'running'`),
+    index('executions_expiry_idx').on(t.expiresAt).where(sql`status = 'queued' and expires_at is not null`),
+    // Serves limits, and what is fair between owners.
+    index('executions_owner_running_idx').on(t.userId, t.skillName).where(sql`status = 'running'`),
     // Serves overlap rules, pause, delete.
     index('executions_task_open_idx').on(t.taskId, t.id).where(sql`status in ('queued', 'running')`),
     index('executions_task_idx').on(t.taskId, t.createdAt, t.id),
@@ -404,6 +508,72 @@ export const executions = pgTable(
   ],
 );
 
+/** Output that agents send while they run: pieces in their order, each known by where it begins. */
+export const executionOutput = pgTable(
+  'execution_output',
+  {
+    executionId: reference('execution_id')
+      .notNull()
+      .references(() => executions.id, { onDelete: 'cascade' }),
+    /** In characters (code points) from the beginning of the output. */
+    startsAt: integer('starts_at').notNull(),
+    length: integer('length').notNull(),
+    text: text('text').notNull(),
+    createdAt: createdAt(),
+  },
+  (t) => [primaryKey({ columns: [t.executionId, t.startsAt] })],
+);
+
+/** Reports that came after their lease was lost. They change nothing, but nobody's work is thrown away. */
+export const orphanResults = pgTable(
+  'orphan_results',
+  {
+    id: id(),
+    executionId: reference('execution_id')
+      .notNull()
+      .references(() => executions.id, { onDelete: 'cascade' }),
+    userId: reference('user_id').notNull(),
+    agentId: reference('agent_id'),
+    leaseToken: uuid('lease_token').notNull(),
+    status: text('status', { enum: ['success', 'failed'] }).notNull(),
+    outputText: text('output_text'),
+    errorText: text('error_text'),
+    outputTruncated: boolean('output_truncated').notNull().default(false),
+    result: jsonb('result').$type<unknown>(),
+    /** The run that was made of it. */
+    adoptedBy: reference('adopted_by'),
+    createdAt: createdAt(),
+  },
+  (t) => [
+    // One a lease: who reports twice is heard once.
+    unique('orphan_results_lease_key').on(t.executionId, t.leaseToken),
+    index('orphan_results_owner_idx').on(t.userId, t.createdAt, t.id),
+    check('orphan_results_status_check', oneOf('status', ['success', 'failed'])),
+  ],
+);
+
+/** How many runs of an owner, or of one skill of an owner, may be under way at once. */
+export const concurrencyLimits = pgTable(
+  'concurrency_limits',
+  {
+    id: id(),
+    userId: reference('user_id')
+      .notNull()
+      .references(() => users.id),
+    /** Null: all skills together. */
+    skillName: text('skill_name'),
+    maxRunning: integer('max_running').notNull(),
+    version: version(),
+    createdAt: createdAt(),
+    updatedAt: updatedAt(),
+  },
+  (t) => [
+    uniqueIndex('concurrency_limits_key').on(t.userId, sql`coalesce(skill_name, '')`),
+    index('concurrency_limits_created_idx').on(t.createdAt, t.id),
+    check('concurrency_limits_check', sql`${t.maxRunning} between 0 and 100000`),
+  ],
+);
+
 export const occurrences = pgTable(
   'occurrences',
   {
@@ -414,6 +584,12 @@ export const occurrences = pgTable(
     verdict: text('verdict', { enum: VERDICTS }).notNull(),
     /** The unfinished run that was in the way. */
     blockedBy: reference('blocked_by'),
+    cause: text('cause', { enum: OCCURRENCE_CAUSES }),
+    /** The tick whose run stands for this one too. */
+    coveredBy: at('covered_by'),
+    /** A stretch of ticks with one verdict: how many from `scheduled_for` on, and where the last of them lies before. */
+    ticks: integer('ticks').notNull().default(1),
+    until: at('until'),
     createdAt: createdAt(),
   },
   (t) => [
@@ -423,6 +599,8 @@ export const occurrences = pgTable(
     // Serves the calendar's past.
     index('occurrences_owner_idx').on(t.userId, t.scheduledFor, t.id),
     check('occurrences_verdict_check', oneOf('verdict', VERDICTS)),
+    check('occurrences_cause_check', oneOf('cause', OCCURRENCE_CAUSES)),
+    check('occurrences_stretch_check', sql`ticks >= 1 and (ticks > 1) <= (until is not null)`),
     foreignKey({ name: 'occurrences_task_fk', columns: [t.taskId], foreignColumns: [tasks.id] }),
   ],
 );

@@ -47,8 +47,7 @@ export function tellChanges(
   if (next.length > 0) tx.ring(SCHEDULE_TOPIC, new Date(Math.min(...next)).toISOString());
 }
 
-/** What of a task is said by people. That it was paused by way of its project is told by the project's own entry. */
-const audited = ({ pausedWithProject: _, ...task }: Task) => ({ ...task, priority: priorityWord(task.priority) });
+const audited = (task: Task) => ({ ...task, priority: priorityWord(task.priority) });
 
 /** What calendars must hear: a next time came, went, or shows otherwise. Of one that went, the time it had is told. */
 function calendarChange(before: Task | null, after: Task): NewEvent | undefined {

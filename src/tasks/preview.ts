@@ -1,9 +1,10 @@
 import { setImmediate } from 'node:timers/promises';
 import { z } from 'zod';
+import { DST_FOLD_POLICIES, DST_GAP_POLICIES } from '../db/schema.ts';
 import { instant, integerText, time } from '../http/validation.ts';
 import { type CronFields, parseCron } from '../schedule/cron.ts';
 import { type DstPolicy, nextOccurrence } from '../schedule/occurrences.ts';
-import { cron, timezone } from './schemas.ts';
+import { cron, DST_FOLD, DST_GAP, timezone } from './schemas.ts';
 import type { Task } from './task-events.ts';
 
 const MAX_COUNT = 100;
@@ -24,14 +25,8 @@ export const previewBody = z
     timezone: timezone.default('UTC'),
     from,
     count: z.int().min(1).max(MAX_COUNT).default(DEFAULT_COUNT),
-    dst_gap: z.enum(['skip', 'shift']).optional().meta({
-      description:
-        'What becomes of times that clocks going forward leave out: skipped, or shifted by what is left out. Unless given, `skip` for schedules of every hour and `shift` for others.',
-    }),
-    dst_fold: z.enum(['first', 'both']).optional().meta({
-      description:
-        'What becomes of times that clocks going back bring twice: run the first time, or both. Unless given, `both` for schedules of every hour and `first` for others.',
-    }),
+    dst_gap: z.enum(DST_GAP_POLICIES).optional().meta({ description: DST_GAP }),
+    dst_fold: z.enum(DST_FOLD_POLICIES).optional().meta({ description: DST_FOLD }),
   })
   .meta({
     'x-examples': {

@@ -21,7 +21,7 @@ export async function deleteTasksOf(tx: Tx, actor: Actor, projectId: number): Pr
   await inChunks(tx, `project_id = $1 and status <> 'deleted'`, projectId, async (before) => {
     const changes = await write(
       tx,
-      before.map((task) => ({ task, status: taskTransition(task.status, 'deleted'), nextRunAt: null, mark: false })),
+      before.map((task) => ({ task, status: taskTransition(task.status, 'deleted'), nextRunAt: null })),
     );
     tellChanges(tx, actor, 'DELETE', changes);
     await cancelQueuedExecutions(
@@ -41,7 +41,7 @@ export async function pauseTasksOf(tx: Tx, actor: Actor, projectId: number): Pro
     async (before) => {
       const changes = await write(
         tx,
-        before.map((task) => ({ task, status: taskTransition(task.status, 'paused'), nextRunAt: null, mark: true })),
+        before.map((task) => ({ task, status: taskTransition(task.status, 'paused'), nextRunAt: null })),
       );
       tellChanges(tx, actor, 'UPDATE', changes);
     },
@@ -51,27 +51,31 @@ export async function pauseTasksOf(tx: Tx, actor: Actor, projectId: number): Pro
 /** Resumes the tasks that pauseTasksOf paused and nobody has touched since, each as resumeTask would. */
 export async function resumeTasksOf(tx: Tx, actor: Actor, projectId: number): Promise<void> {
   const now = await databaseNow(tx);
-  await inChunks(tx, `project_id = $1 and status = 'disabled' and paused_with_project`, projectId, async (before) => {
-    const { rows } = await tx.query<{ id: number; running: boolean; ticked: boolean }>({
-      text: `
+  await inChunks(
+    tx,
+    `project_id = $1 and status = 'disabled' and pause_reason = 'project'`,
+    projectId,
+    async (before) => {
+      const { rows } = await tx.query<{ id: number; running: boolean; ticked: boolean }>({
+        text: `
         select t.id,
           exists (select from executions e where e.task_id = t.id and e.status = 'running') as running,
           exists (select from occurrences o where o.task_id = t.id and o.scheduled_for = t.run_at) as ticked
         from tasks t where t.id = any($1::bigint[])`,
-      values: [before.map(({ id }) => id)],
-    });
-    const around = new Map(rows.map((row) => [row.id, row]));
-    const changes = await write(
-      tx,
-      before.map((task) => ({
-        task,
-        status: taskTransition(task.status, around.get(task.id)?.running ? 'resumed_running' : 'resumed'),
-        nextRunAt: around.get(task.id)?.ticked ? null : firstRun(task, now),
-        mark: false,
-      })),
-    );
-    tellChanges(tx, actor, 'UPDATE', changes);
-  });
+        values: [before.map(({ id }) => id)],
+      });
+      const around = new Map(rows.map((row) => [row.id, row]));
+      const changes = await write(
+        tx,
+        before.map((task) => ({
+          task,
+          status: taskTransition(task.status, around.get(task.id)?.running ? 'resumed_running' : 'resumed'),
+          nextRunAt: around.get(task.id)?.ticked ? null : firstRun(task, now),
+        })),
+      );
+      tellChanges(tx, actor, 'UPDATE', changes);
+    },
+  );
 }
 
 /** Locks the tasks of a condition in rising order of id, so many at a time, and hands them on. */
@@ -95,21 +99,20 @@ async function inChunks(
 
 async function write(
   tx: Tx,
-  wanted: readonly { task: Task; status: Task['status'] | undefined; nextRunAt: Date | null; mark: boolean }[],
+  wanted: readonly { task: Task; status: Task['status'] | undefined; nextRunAt: Date | null }[],
 ): Promise<TaskChange[]> {
   const { rows } = await tx.query({
     text: `
-      update tasks t set status = n.status, next_run_at = n.next_run_at, paused_with_project = n.mark,
+      update tasks t set status = n.status, next_run_at = n.next_run_at, pause_reason = case when n.status = 'disabled' then 'project' end, pause_until = null,
         version = t.version + 1, updated_at = now()
-      from jsonb_to_recordset($1) as n(id bigint, status text, next_run_at timestamptz, mark boolean)
+      from jsonb_to_recordset($1) as n(id bigint, status text, next_run_at timestamptz)
       where t.id = n.id returning t.*`,
     values: [
       JSON.stringify(
-        wanted.map(({ task, status, nextRunAt, mark }) => ({
+        wanted.map(({ task, status, nextRunAt }) => ({
           id: task.id,
           status: status ?? task.status,
           next_run_at: nextRunAt,
-          mark,
         })),
       ),
     ],

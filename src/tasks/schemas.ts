@@ -1,5 +1,13 @@
 import { z } from 'zod';
-import { MISFIRE_POLICIES, OVERLAP_POLICIES, PRIORITIES, TASK_STATUSES } from '../db/schema.ts';
+import {
+  DST_FOLD_POLICIES,
+  DST_GAP_POLICIES,
+  MISFIRE_POLICIES,
+  OVERLAP_POLICIES,
+  PAUSE_REASONS,
+  PRIORITIES,
+  TASK_STATUSES,
+} from '../db/schema.ts';
 import { executionSummary } from '../executions/schemas.ts';
 import { pageAnswer, pageQuery } from '../http/pagination.ts';
 import { id, idText, instant, integerText, time, toTime } from '../http/validation.ts';
@@ -49,6 +57,12 @@ const capabilities = z
   .max(32)
   .refine((list) => new Set(list).size === list.length, { error: 'must not name a capability twice' });
 
+/** What the policies for clock changes mean, in words. */
+export const DST_GAP =
+  'What becomes of times that clocks going forward leave out: skipped, or shifted by what is left out. Unless given, `skip` for schedules of every hour and `shift` for others.';
+export const DST_FOLD =
+  'What becomes of times that clocks going back bring twice: run the first time, or both. Unless given, `both` for schedules of every hour and `first` for others.';
+
 /** The fields of a task that a caller writes. Those that can be empty take null for that. */
 const writable = {
   name: z.string().trim().min(1).max(255).nullable(),
@@ -59,11 +73,44 @@ const writable = {
   schedule_cron: cron.nullable(),
   timezone,
   run_at: instant.nullable().meta({ description: 'The one time to run at, instead of schedule_cron.' }),
+  dst_gap: z.enum(DST_GAP_POLICIES).nullable().meta({ description: DST_GAP }),
+  dst_fold: z.enum(DST_FOLD_POLICIES).nullable().meta({ description: DST_FOLD }),
+  starts_at: instant.nullable().meta({ description: 'A schedule has no tick before this.' }),
+  ends_at: instant.nullable().meta({ description: 'A schedule has no tick from this on.' }),
+  spread_seconds: z.int().min(0).max(86_400).meta({
+    description:
+      'Its ticks run so much later at the most, always by the same, so that tasks of one time do not run at once.',
+  }),
+  max_runs: z
+    .int()
+    .min(1)
+    .max(1_000_000)
+    .nullable()
+    .meta({ description: 'How many ticks run in all; then it has ended.' }),
   overlap_policy: z.enum(OVERLAP_POLICIES),
   misfire_policy: z.enum(MISFIRE_POLICIES),
-  max_attempts: z.int().min(1).max(20),
+  max_lateness_seconds: z.int().min(1).max(604_800).nullable().meta({
+    description:
+      'A tick so late at the most simply runs; beyond, it was missed, and misfire_policy decides. Unless given, half the time between two ticks, an hour at the most.',
+  }),
+  max_attempts: z.int().min(1).max(20).meta({ description: 'How often a run is tried that fails by itself.' }),
+  max_lost_leases: z.int().min(0).max(20).nullable().meta({
+    description: 'How often it is offered again when its agent was lost; unless given, one less than max_attempts.',
+  }),
   retry_backoff_seconds: z.int().min(0).max(3_600),
   timeout_seconds: z.int().min(1).max(604_800),
+  queue_ttl_seconds: z.int().min(1).max(2_592_000).nullable().meta({
+    description: 'A run that no agent takes within this is cancelled.',
+  }),
+  heartbeat_timeout_seconds: z.int().min(2).max(3_600).nullable().meta({
+    description: 'How long a lease lasts without a heartbeat, instead of LEASE_SECONDS.',
+  }),
+  pause_after_failures: z.int().min(1).max(100).nullable().meta({
+    description: 'It is paused when so many runs in a row have failed, all their attempts included.',
+  }),
+  expect_success_within_seconds: z.int().min(1).max(31_622_400).nullable().meta({
+    description: 'When it has not succeeded for so long, it is overdue: an event task_overdue, and a count in /health.',
+  }),
   agent_id: id.nullable().meta({ description: 'The one agent that may run it.' }),
   required_capabilities: capabilities,
 };
@@ -95,11 +142,23 @@ export const createTaskBody = z
     schedule_cron: writable.schedule_cron.default(null),
     timezone: timezone.default('UTC'),
     run_at: instant.nullish(),
+    dst_gap: writable.dst_gap.default(null),
+    dst_fold: writable.dst_fold.default(null),
+    starts_at: instant.nullish(),
+    ends_at: instant.nullish(),
+    spread_seconds: writable.spread_seconds.default(0),
+    max_runs: writable.max_runs.default(null),
     overlap_policy: writable.overlap_policy.default('skip'),
     misfire_policy: writable.misfire_policy.default('fire_last'),
+    max_lateness_seconds: writable.max_lateness_seconds.default(null),
     max_attempts: writable.max_attempts.default(3),
+    max_lost_leases: writable.max_lost_leases.default(null),
     retry_backoff_seconds: writable.retry_backoff_seconds.default(10),
     timeout_seconds: writable.timeout_seconds.default(3_600),
+    queue_ttl_seconds: writable.queue_ttl_seconds.default(null),
+    heartbeat_timeout_seconds: writable.heartbeat_timeout_seconds.default(null),
+    pause_after_failures: writable.pause_after_failures.default(null),
+    expect_success_within_seconds: writable.expect_success_within_seconds.default(null),
     agent_id: writable.agent_id.default(null),
     required_capabilities: capabilities.default([]),
   })
@@ -166,11 +225,31 @@ const taskFields = {
   next_run_at: time.nullable().meta({ description: 'When it fires next; null when it does not.' }),
   last_run_at: time.nullable(),
   status: z.enum(TASK_STATUSES),
+  pause_reason: z.enum(PAUSE_REASONS).nullable(),
+  pause_until: time.nullable(),
+  dst_gap: z.enum(DST_GAP_POLICIES).nullable(),
+  dst_fold: z.enum(DST_FOLD_POLICIES).nullable(),
+  starts_at: time.nullable(),
+  ends_at: time.nullable(),
+  spread_seconds: z.int(),
+  max_runs: z.int().nullable(),
+  fired_count: z.int().meta({ description: 'How many ticks have run.' }),
   overlap_policy: z.enum(OVERLAP_POLICIES),
   misfire_policy: z.enum(MISFIRE_POLICIES),
+  max_lateness_seconds: z.int().nullable(),
   max_attempts: z.int(),
+  max_lost_leases: z.int().nullable(),
   retry_backoff_seconds: z.int(),
   timeout_seconds: z.int(),
+  queue_ttl_seconds: z.int().nullable(),
+  heartbeat_timeout_seconds: z.int().nullable(),
+  pause_after_failures: z.int().nullable(),
+  consecutive_failures: z
+    .int()
+    .meta({ description: 'How many runs in a row have failed, all their attempts included.' }),
+  expect_success_within_seconds: z.int().nullable(),
+  last_success_at: time.nullable(),
+  overdue_since: time.nullable().meta({ description: 'Since when it is overdue.' }),
   agent_id: id.nullable(),
   required_capabilities: z.array(z.string()),
   version: z.int(),
@@ -211,11 +290,29 @@ export function taskView(task: Task): z.input<typeof taskAnswer> {
     next_run_at: toTime(task.nextRunAt),
     last_run_at: toTime(task.lastRunAt),
     status: task.status,
+    pause_reason: task.pauseReason,
+    pause_until: toTime(task.pauseUntil),
+    dst_gap: task.dstGap,
+    dst_fold: task.dstFold,
+    starts_at: toTime(task.startsAt),
+    ends_at: toTime(task.endsAt),
+    spread_seconds: task.spreadSeconds,
+    max_runs: task.maxRuns,
+    fired_count: task.firedCount,
     overlap_policy: task.overlapPolicy,
     misfire_policy: task.misfirePolicy,
+    max_lateness_seconds: task.maxLatenessSeconds,
     max_attempts: task.maxAttempts,
+    max_lost_leases: task.maxLostLeases,
     retry_backoff_seconds: task.retryBackoffSeconds,
     timeout_seconds: task.timeoutSeconds,
+    queue_ttl_seconds: task.queueTtlSeconds,
+    heartbeat_timeout_seconds: task.heartbeatTimeoutSeconds,
+    pause_after_failures: task.pauseAfterFailures,
+    consecutive_failures: task.consecutiveFailures,
+    expect_success_within_seconds: task.expectSuccessWithinSeconds,
+    last_success_at: toTime(task.lastSuccessAt),
+    overdue_since: toTime(task.overdueSince),
     agent_id: task.agentId,
     required_capabilities: task.requiredCapabilities,
     version: task.version,

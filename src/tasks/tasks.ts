@@ -31,11 +31,25 @@ const insertTask = insertInto(tasks, [
   'scheduleCron',
   'timezone',
   'runAt',
+  'dstGap',
+  'dstFold',
+  'startsAt',
+  'endsAt',
+  'spreadSeconds',
+  'maxRuns',
   'overlapPolicy',
   'misfirePolicy',
+  'maxLatenessSeconds',
   'maxAttempts',
+  'maxLostLeases',
   'retryBackoffSeconds',
   'timeoutSeconds',
+  'queueTtlSeconds',
+  'heartbeatTimeoutSeconds',
+  'pauseAfterFailures',
+  'expectSuccessWithinSeconds',
+  'overdueAt',
+  'quietAt',
   'agentId',
   'requiredCapabilities',
 ]);
@@ -61,8 +75,10 @@ export async function createTask(tx: Tx, actor: Actor, input: CreateTask): Promi
   if (input.agent_id !== null) checkAgent(await holdAgent(tx, input.agent_id), actor.userId, input.agent_id);
   await moveTask(tx, actor.userId, null, input.project_id);
   const nextRunAt = now && firstRun(schedule, now);
+  const overdueAt = null;
+  const quietAt = null;
   const { rows } = await tx.query(
-    insertTask({ ...columns(input), skillName: input.skill_name, userId: actor.userId, nextRunAt }),
+    insertTask({ ...columns(input), skillName: input.skill_name, userId: actor.userId, nextRunAt, overdueAt, quietAt }),
   );
   if (!rows[0]) throw new Error('The insert answered no row.');
   const task = taskOf(rows[0]);
@@ -116,7 +132,7 @@ export async function deleteTask(
   const before = await lockTask(tx, actor, id);
   requireVersion('task', before, expected);
   const status = taskTransition(before.status, 'deleted') ?? before.status;
-  const after = await write(tx, before, { status, nextRunAt: null });
+  const after = await write(tx, before, { status, nextRunAt: null, pauseReason: null });
   await moveTask(tx, before.userId, before.projectId, null);
   tellChanges(tx, actor, 'DELETE', [{ before, after }]);
   await cancelQueuedExecutions(tx, actor, [after]);
@@ -141,12 +157,12 @@ export async function runTask(
 export async function pauseTask(tx: Tx, actor: Actor, id: number): Promise<Task> {
   const before = await lockTask(tx, actor, id);
   // Paused with its project and then by hand: by hand counts, and it stays paused when the project is restored.
-  if (before.status === 'disabled') return before.pausedWithProject ? unmark(tx, before) : before;
+  if (before.status === 'disabled') return before.pauseReason === 'project' ? unmark(tx, before) : before;
   const status = taskTransition(before.status, 'paused');
   if (!status) {
     throw conflict(`The task ${id} is ${before.status} and has no further run to pause: give it a new time instead.`);
   }
-  const after = await write(tx, before, { status, nextRunAt: null, pausedWithProject: false });
+  const after = await write(tx, before, { status, nextRunAt: null, pauseReason: 'manual' });
   tellChanges(tx, actor, 'UPDATE', [{ before, after }]);
   return after;
 }
@@ -164,7 +180,7 @@ export async function resumeTask(tx: Tx, actor: Actor, id: number): Promise<Task
   if (!status) return before;
   const fired = before.runAt !== null && (await hasTicked(tx, id, before.runAt));
   const nextRunAt = fired ? null : firstRun(before, await databaseNow(tx));
-  const after = await write(tx, before, { status, nextRunAt, pausedWithProject: false });
+  const after = await write(tx, before, { status, nextRunAt, pauseReason: null });
   tellChanges(tx, actor, 'UPDATE', [{ before, after }]);
   return after;
 }
@@ -180,11 +196,23 @@ function columns(input: UpdateTask) {
     scheduleCron: input.schedule_cron,
     timezone: input.timezone,
     runAt: input.run_at,
+    dstGap: input.dst_gap,
+    dstFold: input.dst_fold,
+    startsAt: input.starts_at,
+    endsAt: input.ends_at,
+    spreadSeconds: input.spread_seconds,
+    maxRuns: input.max_runs,
     overlapPolicy: input.overlap_policy,
     misfirePolicy: input.misfire_policy,
+    maxLatenessSeconds: input.max_lateness_seconds,
     maxAttempts: input.max_attempts,
+    maxLostLeases: input.max_lost_leases,
     retryBackoffSeconds: input.retry_backoff_seconds,
     timeoutSeconds: input.timeout_seconds,
+    queueTtlSeconds: input.queue_ttl_seconds,
+    heartbeatTimeoutSeconds: input.heartbeat_timeout_seconds,
+    pauseAfterFailures: input.pause_after_failures,
+    expectSuccessWithinSeconds: input.expect_success_within_seconds,
     agentId: input.agent_id,
     requiredCapabilities: input.required_capabilities,
   };
@@ -228,8 +256,8 @@ function checkAgent(agent: Agent | undefined, ownerId: number, agentId: number):
 
 /** Takes back the mark of a pause with the project; no change that a version, the log or an event would tell of. */
 async function unmark(tx: Tx, task: Task): Promise<Task> {
-  await tx.orm.update(tasks).set({ pausedWithProject: false }).where(eq(tasks.id, task.id));
-  return { ...task, pausedWithProject: false };
+  await tx.orm.update(tasks).set({ pauseReason: 'manual' }).where(eq(tasks.id, task.id));
+  return { ...task, pauseReason: 'manual' };
 }
 
 async function write(tx: Tx, before: Task, changes: Partial<Task>): Promise<Task> {
