@@ -71,6 +71,12 @@ export function parseCron(expression: string): CronFields {
 }
 
 function parse(expression: string): CronFields {
+  const text = plainText(expression);
+  return text.startsWith('@') ? parseName(text) : parseFields(text);
+}
+
+/** An expression without the blanks around it. Throws CronError where it is too long, empty, or not of plain characters. */
+export function plainText(expression: string): string {
   if (expression.length > MAX_LENGTH) {
     throw new CronError('expression', `The expression is longer than ${MAX_LENGTH} characters.`);
   }
@@ -81,7 +87,7 @@ function parse(expression: string): CronFields {
   if (!/^[\x20-\x7e]+$/.test(text)) {
     throw new CronError('expression', 'The expression may hold only plain characters, with spaces between the fields.');
   }
-  return text.startsWith('@') ? parseName(text) : parseFields(text);
+  return text;
 }
 
 function parseName(text: string): CronFields {
@@ -92,7 +98,7 @@ function parseName(text: string): CronFields {
   } catch {
     throw new CronError(
       'expression',
-      `${shorten(text)} is no name of a schedule: use @yearly, @monthly, @weekly, @weekdays, @weekends, @daily or @hourly.`,
+      `${shorten(text)} is no name of a schedule: use @yearly, @monthly, @weekly, @weekdays, @weekends, @daily or @hourly, or an interval such as @every 90m.`,
     );
   }
 }
@@ -139,7 +145,8 @@ function isGoodAlone(index: number, part: string): boolean {
   }
 }
 
-const shorten = (text: string) => (text.length > 40 ? `${text.slice(0, 40)}…` : text);
+/** As much of a text as a sentence can quote. */
+export const shorten = (text: string) => (text.length > 40 ? `${text.slice(0, 40)}…` : text);
 
 /** The library's fields as what the search needs; `both` says whether a day must match by month and by week. */
 function compile(fields: ReturnType<typeof CronExpressionParser.parse>['fields'], both: boolean): CronFields {

@@ -36,11 +36,15 @@ export interface Occurrence {
   note?: string;
 }
 
-const DAY = 86_400_000;
+const HOUR = 3_600_000;
+const DAY = 24 * HOUR;
+/** How far ahead ticks are looked for that a clock change leaves out: a zone that still changes its clocks does so twice a year. */
+const GAP_HORIZON = 2 * 366 * DAY;
 /** The longest silence of a schedule that fires at all: the same date on the same weekday in a leap year, over 1900 or 2100. */
 const HORIZON = 41 * 365.25 * DAY;
-const FIRST = Date.UTC(1900, 0, 1);
-const LAST = Date.UTC(9999, 11, 30);
+/** No tick of any schedule lies before this, or at `LAST` and after it. */
+export const FIRST = Date.UTC(1900, 0, 1);
+export const LAST = Date.UTC(9999, 11, 30);
 
 /**
  * The first occurrence after `afterMs`, from 1900 on; undefined when there is none within 41 years or before the year
@@ -122,6 +126,44 @@ export function countOccurrences(
     }
   }
   return count;
+}
+
+/**
+ * The first tick after `afterMs` that clocks going forward leave out under gap `skip`, told as the instant at which `shift`
+ * would run it; one that would run together with a tick of its own is not left out. Undefined when none lies within two
+ * years. Throws RangeError for what is no time zone.
+ */
+export function nextLeftOut(cron: CronFields, zone: string, afterMs: number): Occurrence | undefined {
+  const from = Math.max(FIRST, secondAfter(afterMs));
+  const until = Math.min(from + GAP_HORIZON, LAST);
+  for (let at = from; at < until; ) {
+    const segment = segmentAt(zone, at);
+    const found = leftOutBy(cron, segment, at);
+    if (found !== undefined) {
+      const scheduledFor = found - segment.before;
+      if (scheduledFor >= until) return undefined;
+      return {
+        scheduledFor,
+        note: `${wallText(found)} does not exist in ${zone}, where clocks go forward, and is skipped.`,
+      };
+    }
+    at = segment.end;
+  }
+  return undefined;
+}
+
+/** The wall time of the first tick that the gap before a segment leaves out, of those that would be shifted to `from` or later. */
+function leftOutBy(cron: CronFields, { start, offset, before }: Segment, from: number): number | undefined {
+  const gap = offset - before;
+  let wall = from + before;
+  // Where every hour has its ticks, whole hours later on the same day there is one as well: thousands need no look.
+  if (cron.everyHour && gap % HOUR === 0) wall = Math.max(wall, (Math.floor(wall / DAY) + 1) * DAY - gap);
+  for (;;) {
+    const missing = nextWall(cron, wall, start + offset);
+    if (missing === undefined) return undefined;
+    if (nextWall(cron, missing + gap, missing + gap + 1000) === undefined) return missing;
+    wall = missing + 1000;
+  }
 }
 
 /** What one search goes by. */
