@@ -5,7 +5,7 @@ import { QUEUE_TOPIC, queueDetail } from '../executions/queue.ts';
 import { emitEvents, type NewEvent } from '../realtime/events.ts';
 import { parseCron } from '../schedule/cron.ts';
 import { resolveDue, type Tick } from '../schedule/misfire.ts';
-import { nextOccurrence } from '../schedule/occurrences.ts';
+import { countOccurrences, nextOccurrence } from '../schedule/occurrences.ts';
 import { calendarEvent, type Task, taskStatusUpdate } from '../tasks/task-events.ts';
 
 // How time becomes work.
@@ -23,8 +23,6 @@ import { calendarEvent, type Task, taskStatusUpdate } from '../tasks/task-events
 
 const BATCH = 500;
 
-/** A tick this late is still on time: what a stall, a restart or a take-over costs. Beyond it the misfire policy decides. */
-const TOLERANCE_MS = 60_000;
 /** How many missed ticks of one task `fire_all` runs. */
 const MAX_CATCH_UP = 100;
 /** How many runs may wait behind an unfinished one under `queue_all`. */
@@ -148,10 +146,11 @@ function dueTicks(row: DueRow): { ticks: readonly Tick[]; next: number | undefin
   const cron = row.schedule_cron === null ? undefined : parseCron(row.schedule_cron);
   return resolveDue({
     nextAfter: (ms) => (cron ? nextOccurrence(cron, row.timezone, ms)?.scheduledFor : undefined),
+    countBetween: (from, until) => (cron ? countOccurrences(cron, row.timezone, from, until) : 0),
     dueAt: row.next_run_at.getTime(),
     now: row.now.getTime(),
     policy: row.misfire_policy,
-    toleranceMs: TOLERANCE_MS,
+    maxLatenessMs: null,
     maxCatchUp: MAX_CATCH_UP,
   });
 }
