@@ -7,7 +7,7 @@ import type { Logger } from '../platform/logger.ts';
 import { type Loop, startLoop } from '../platform/loop.ts';
 import type { RedisConnection } from '../platform/redis.ts';
 import { emitEvents } from '../realtime/events.ts';
-import { databaseNow } from '../tasks/queries.ts';
+import { databaseNow } from '../tasks/next-times.ts';
 import type { Task } from '../tasks/task-events.ts';
 import { type BreakerState, createBreaker } from './breaker.ts';
 import { captureEvents } from './capture.ts';

@@ -13,7 +13,7 @@ import { defaultMaxLatenessMs, ON_TIME_MS } from './recurrence.ts';
 // hours do not have.
 //
 // A schedule of every second that slept for a year owes 31 million ticks, and nobody reads a list of those. The newest
-// thousand are listed; the older ones are one stretch with one verdict, counted without being walked through. The newest
+// few are listed; the older ones are one stretch with one verdict, counted without being walked through. The newest
 // are found by stepping back from now, not by guessing from the oldest how dense they lie: a schedule of working hours,
 // asked on a Sunday, has nothing for two days before now, and a guess would find none at all.
 
@@ -35,8 +35,32 @@ export interface Due {
   next: number | undefined;
 }
 
-/** How many missed ticks are listed at the most, unless more may run. */
-const MAX_LISTED = 1_000;
+/** How many ticks that do not run are listed at the most. Ten thousand tasks may have been missed at once. */
+const MAX_LISTED = 20;
+/** How many ticks may be in time at once; of more, the older ones count as missed. */
+const MAX_IN_TIME = 1_000;
+
+/** The newest of some ticks, oldest first, and the stretch before them: `count` ticks from `from` (which is one) to before `until`. */
+export interface Listed {
+  listed: number[];
+  unlisted?: { from: number; until: number; count: number };
+}
+
+/** The ticks of a schedule from `from` to before `until` that need no run: the newest one by one, the others as a stretch. */
+export function listTicks(
+  ticks: { next(afterMs: number): { scheduledFor: number } | undefined; count(from: number, until: number): number },
+  from: number,
+  until: number,
+): Listed {
+  const nextAfter = (ms: number) => ticks.next(ms)?.scheduledFor;
+  const first = nextAfter(from - 1);
+  if (first === undefined || first >= until) return { listed: [] };
+  const firstFrom = (ms: number) => (ms <= first ? first : nextAfter(ms - 1));
+  const listed = newestBetween(firstFrom, nextAfter, first, until, MAX_LISTED);
+  const [oldest = first] = listed;
+  if (oldest === first) return { listed };
+  return { listed, unlisted: { from: first, until: oldest, count: ticks.count(first, oldest) } };
+}
 
 /**
  * What becomes of the ticks of a schedule that are due, from `dueAt` (the oldest) to `now`, in ms of UTC. One that is at
@@ -56,11 +80,13 @@ export function resolveDue(options: {
   /** null: by the spacing of the ticks, as `defaultMaxLatenessMs` says. */
   maxLatenessMs: number | null;
   maxCatchUp: number;
+  /** How many missed ticks are listed at the most, unless more may run; 20 unless given. */
+  maxListed?: number;
   /** How many more ticks may run at all; no limit unless given. */
   maxTicks?: number | undefined;
 }): Due {
   const { nextAfter, countBetween, dueAt, now, policy, maxLatenessMs, maxCatchUp } = options;
-  const { maxTicks = Number.POSITIVE_INFINITY } = options;
+  const { maxTicks = Number.POSITIVE_INFINITY, maxListed = MAX_LISTED } = options;
   if (maxTicks <= 0) return { ticks: [], next: undefined };
   if (dueAt > now) return { ticks: [], next: dueAt };
   // The oldest is a tick by its own right: a one-off has no other, and a schedule may have changed since it was set.
@@ -73,9 +99,9 @@ export function resolveDue(options: {
   // By default none older than the latest is in time, unless it is on time.
   const oldestInTime =
     maxLatenessMs === null ? Math.max(now - maxLateness, Math.min(latest, onTimeFrom)) : now - maxLateness;
-  const inTimeFrom = Math.max(dueAt, oldestInTime);
-  const inTime = between(firstFrom, nextAfter, inTimeFrom, now + 1, Number.POSITIVE_INFINITY);
-  const missed = newest(inTimeFrom, Math.max(MAX_LISTED, maxCatchUp));
+  const inTime = newest(now + 1, MAX_IN_TIME).filter((scheduledFor) => scheduledFor >= oldestInTime);
+  const [inTimeFrom = now + 1] = inTime;
+  const missed = newest(inTimeFrom, Math.max(maxListed, policy === 'fire_all' ? maxCatchUp : 1));
   const ticks = missed.map((scheduledFor, i): Tick => {
     const fromEnd = missed.length - i;
     if (policy === 'skip') return { scheduledFor, verdict: 'skipped_misfire' };

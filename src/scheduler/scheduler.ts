@@ -8,15 +8,14 @@ import { isDatabaseAway } from '../http/problem.ts';
 import type { Bus } from '../platform/bus.ts';
 import type { Logger } from '../platform/logger.ts';
 import { startLoop } from '../platform/loop.ts';
+import { SCHEDULE_TOPIC } from '../tasks/next-times.ts';
 import { fireDue } from './fire.ts';
+import { noteQuiet } from './quiet.ts';
 import { reapLeases } from './reaper.ts';
 
 // The loops that make things happen without anybody asking. Every process runs them; the work is shared by row locks, so
 // there is no leader to lose. Each loop sleeps until there is something to do: until the next tick, or the end of a
 // backoff, as the database's clock has it; and is woken when an earlier one comes up.
-
-/** The bus topic that is rung when a task gets a next time; its detail is that time (RFC 3339). */
-export const SCHEDULE_TOPIC = 'schedule';
 
 /** The longest sleep: bounds what a lost ring or a jump of the database's clock can cost. */
 const MAX_SLEEP_MS = 5_000;
@@ -30,7 +29,7 @@ export interface Scheduler {
 }
 
 /**
- * Starts firing due tasks, offering runs whose backoff is over, reaping lost leases, noticing silent agents, and forgetting
+ * Starts firing due tasks, noting ticks that do not run, offering runs whose backoff is over, reaping lost leases, noticing silent agents, and forgetting
  * answers to Idempotency-Keys that are kept no longer.
  */
 export function startScheduler(deps: { db: Database; bus: Bus; logger: Logger; config: Config }): Scheduler {
@@ -40,19 +39,18 @@ export function startScheduler(deps: { db: Database; bus: Bus; logger: Logger; c
     else deps.logger.error({ err: error }, 'the scheduler failed');
   };
 
-  // When the next tick is due, in the database's time; a ring for a later one needs no waking.
-  let sleepingUntil = Number.POSITIVE_INFINITY;
-  const firing = startLoop(log, async () => {
-    sleepingUntil = Number.POSITIVE_INFINITY;
-    const { more } = await fireDue(db);
-    if (more) return 0;
-    const next = await nextDue(db);
-    sleepingUntil = next.at;
-    return Math.min(next.inMs, MAX_SLEEP_MS);
-  });
-  const offSchedule = bus.on(SCHEDULE_TOPIC, (detail) => {
-    if (detail === undefined || !(Date.parse(detail) >= sleepingUntil)) firing.wake();
-  });
+  const firing = startTimed(
+    bus,
+    log,
+    async () => (await fireDue(db)).more,
+    () => nextAt(db, NEXT_RUN),
+  );
+  const noting = startTimed(
+    bus,
+    log,
+    async () => (await noteQuiet(db)).more,
+    () => nextAt(db, NEXT_QUIET),
+  );
 
   let offeredUntil = new Date(0);
   const offering = startLoop(log, async () => {
@@ -76,9 +74,8 @@ export function startScheduler(deps: { db: Database; bus: Bus; logger: Logger; c
 
   let stopped: Promise<void> | undefined;
   const stop = async () => {
-    offSchedule();
     offRetry();
-    await Promise.all([firing.stop(), offering.stop(), reaping.stop(), expiring.stop()]);
+    await Promise.all([firing.stop(), noting.stop(), offering.stop(), reaping.stop(), expiring.stop()]);
   };
   return {
     stop: () => {
@@ -88,14 +85,49 @@ export function startScheduler(deps: { db: Database; bus: Bus; logger: Logger; c
   };
 }
 
-/** Served by tasks_due_idx. A millisecond more, since timers may fire early. */
-async function nextDue(db: Database): Promise<{ at: number; inMs: number }> {
-  const { rows } = await db.query<{ at: Date | null; in_ms: number | null }>({
-    name: 'scheduler-next',
-    text: `
-      select next_run_at as at, (extract(epoch from next_run_at - clock_timestamp()) * 1000)::float8 as in_ms
-      from tasks where next_run_at is not null order by next_run_at, id limit 1`,
+/**
+ * A loop that works off what is due, sleeps until the next moment, and is woken by a ring for an earlier one; a ring for a
+ * later one needs no waking.
+ */
+function startTimed(
+  bus: Bus,
+  log: (error: unknown) => void,
+  work: () => Promise<boolean>,
+  next: () => Promise<{ at: number; inMs: number }>,
+): { stop(): Promise<void> } {
+  // In the database's time.
+  let sleepingUntil = Number.POSITIVE_INFINITY;
+  const loop = startLoop(log, async () => {
+    sleepingUntil = Number.POSITIVE_INFINITY;
+    if (await work()) return 0;
+    const { at, inMs } = await next();
+    sleepingUntil = at;
+    return Math.min(inMs, MAX_SLEEP_MS);
   });
+  const off = bus.on(SCHEDULE_TOPIC, (detail) => {
+    if (detail === undefined || !(Date.parse(detail) >= sleepingUntil)) loop.wake();
+  });
+  return {
+    stop() {
+      off();
+      return loop.stop();
+    },
+  };
+}
+
+const nextOf = (column: 'next_run_at' | 'quiet_at') => ({
+  name: `scheduler-${column}`,
+  text: `
+    select ${column} as at, (extract(epoch from ${column} - clock_timestamp()) * 1000)::float8 as in_ms
+    from tasks where ${column} is not null order by ${column}, id limit 1`,
+});
+/** Served by tasks_due_idx and tasks_quiet_idx. */
+const NEXT_RUN = nextOf('next_run_at');
+const NEXT_QUIET = nextOf('quiet_at');
+
+/** The next moment, and in how many ms it is. A millisecond more, since timers may fire early. */
+async function nextAt(db: Database, statement: typeof NEXT_RUN): Promise<{ at: number; inMs: number }> {
+  const { rows } = await db.query<{ at: Date | null; in_ms: number | null }>(statement);
   const [row] = rows;
   if (!row?.at || row.in_ms === null) return { at: Number.POSITIVE_INFINITY, inMs: MAX_SLEEP_MS };
   return { at: row.at.getTime(), inMs: Math.max(1, Math.ceil(row.in_ms) + 1) };

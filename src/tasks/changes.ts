@@ -4,7 +4,7 @@ import type { Tx } from '../db/database.ts';
 import type { AUDIT_OPERATIONS } from '../db/schema.ts';
 import type { Actor } from '../http/access.ts';
 import { emitEvents, type NewEvent } from '../realtime/events.ts';
-import { SCHEDULE_TOPIC } from '../scheduler/scheduler.ts';
+import { SCHEDULE_TOPIC } from './next-times.ts';
 import { priorityWord } from './schemas.ts';
 import { calendarEvent, type Task, taskStatusUpdate } from './task-events.ts';
 
@@ -16,10 +16,10 @@ export interface TaskChange {
   after: Task;
 }
 
-/** Writes the audit entries and the events of changes, and wakes the scheduler for each new next time. */
+/** Writes the audit entries and the events of changes, and wakes the scheduler for new next times. */
 export function tellChanges(
   tx: Tx,
-  actor: Actor,
+  actor: Actor | null,
   operation: (typeof AUDIT_OPERATIONS)[number],
   changes: readonly TaskChange[],
 ): void {
@@ -41,13 +41,16 @@ export function tellChanges(
       return [taskStatusUpdate(after, { previousStatus: before?.status ?? null }), ...(calendar ? [calendar] : [])];
     }),
   );
-  const next = changes.flatMap(({ before, after: { nextRunAt } }) =>
-    nextRunAt && nextRunAt.getTime() !== before?.nextRunAt?.getTime() ? [nextRunAt.getTime()] : [],
+  const next = changes.flatMap(({ before, after }) =>
+    (['nextRunAt', 'quietAt'] as const).flatMap((column) => {
+      const time = after[column]?.getTime();
+      return time === undefined || time === before?.[column]?.getTime() ? [] : [time];
+    }),
   );
   if (next.length > 0) tx.ring(SCHEDULE_TOPIC, new Date(Math.min(...next)).toISOString());
 }
 
-const audited = (task: Task) => ({ ...task, priority: priorityWord(task.priority) });
+const audited = ({ quietAt: _, overdueAt: __, ...task }: Task) => ({ ...task, priority: priorityWord(task.priority) });
 
 /** What calendars must hear: a next time came, went, or shows otherwise. Of one that went, the time it had is told. */
 function calendarChange(before: Task | null, after: Task): NewEvent | undefined {

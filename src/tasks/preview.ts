@@ -2,10 +2,10 @@ import { setImmediate } from 'node:timers/promises';
 import { z } from 'zod';
 import { DST_FOLD_POLICIES, DST_GAP_POLICIES } from '../db/schema.ts';
 import { instant, integerText, time } from '../http/validation.ts';
-import { type CronFields, parseCron } from '../schedule/cron.ts';
-import { type DstPolicy, nextOccurrence } from '../schedule/occurrences.ts';
+import type { Occurrence } from '../schedule/occurrences.ts';
+import { type Recurrence, recurrence } from '../schedule/recurrence.ts';
+import { recurrenceOf, type Schedule, spreadOf } from './next-times.ts';
 import { cron, DST_FOLD, DST_GAP, timezone } from './schemas.ts';
-import type { Task } from './task-events.ts';
 
 const MAX_COUNT = 100;
 const DEFAULT_COUNT = 10;
@@ -27,6 +27,8 @@ export const previewBody = z
     count: z.int().min(1).max(MAX_COUNT).default(DEFAULT_COUNT),
     dst_gap: z.enum(DST_GAP_POLICIES).optional().meta({ description: DST_GAP }),
     dst_fold: z.enum(DST_FOLD_POLICIES).optional().meta({ description: DST_FOLD }),
+    starts_at: instant.optional().meta({ description: 'No time before this.' }),
+    ends_at: instant.optional().meta({ description: 'No time from this on.' }),
   })
   .meta({
     'x-examples': {
@@ -39,7 +41,7 @@ export const previewBody = z
 
 const run = z.object({
   scheduled_for: time.meta({ description: 'The time by which the run is known.' }),
-  effective_at: time.meta({ description: 'The time at which it fires.' }),
+  effective_at: time.meta({ description: 'The time at which it fires: later by its place in spread_seconds.' }),
   note: z.string().optional().meta({ description: 'What a clock change does to it.' }),
 });
 
@@ -48,28 +50,34 @@ export const previewAnswer = z.object({ runs: z.array(run) }).meta({ id: 'Previe
 type Run = z.input<typeof run>;
 
 /** The next `count` times of a task after `after`, by its schedule alone; none for one that runs on demand. */
-export async function previewTask(
-  task: Pick<Task, 'scheduleCron' | 'timezone' | 'runAt'>,
-  after: Date,
-  count: number,
-): Promise<Run[]> {
-  if (task.scheduleCron !== null) return next(parseCron(task.scheduleCron), task.timezone, after, count);
-  return task.runAt && task.runAt > after ? [runAt(task.runAt.getTime())] : [];
+export async function previewTask(task: Schedule, after: Date, count: number): Promise<Run[]> {
+  const ticks = recurrenceOf(task);
+  if (ticks) return next(ticks, after, count, spreadOf(task));
+  return task.runAt && task.runAt > after ? [runAt({ scheduledFor: task.runAt.getTime() }, 0)] : [];
 }
 
 /** The next times after `after` of a schedule that is no task yet. */
 export async function previewSchedule(body: z.output<typeof previewBody>, after: Date): Promise<Run[]> {
-  const policy = { gap: body.dst_gap, fold: body.dst_fold };
-  return next(parseCron(body.schedule_cron), body.timezone, after, body.count, policy);
+  const { schedule_cron: expression, timezone, dst_gap, dst_fold, starts_at, ends_at } = body;
+  const ticks = recurrence({
+    expression,
+    timezone,
+    dstGap: dst_gap ?? null,
+    dstFold: dst_fold ?? null,
+    startsAt: starts_at?.getTime() ?? null,
+    endsAt: ends_at?.getTime() ?? null,
+  });
+  return next(ticks, after, body.count, 0);
 }
 
-async function next(fields: CronFields, zone: string, after: Date, count: number, policy?: DstPolicy): Promise<Run[]> {
+async function next(ticks: Recurrence, after: Date, count: number, offset: number): Promise<Run[]> {
   const runs: Run[] = [];
-  let at = after.getTime();
+  // What has its nominal time before and runs after is still to come.
+  let at = after.getTime() - offset;
   while (runs.length < count) {
-    const found = nextOccurrence(fields, zone, at, policy);
+    const found = ticks.next(at);
     if (!found) break;
-    runs.push(runAt(found.scheduledFor, found.note));
+    runs.push(runAt(found, offset));
     at = found.scheduledFor;
     // A leap day on one weekday comes every 28 years or more, and a hundred of those are seconds of searching.
     await setImmediate();
@@ -77,8 +85,8 @@ async function next(fields: CronFields, zone: string, after: Date, count: number
   return runs;
 }
 
-const runAt = (ms: number, note?: string): Run => ({
-  scheduled_for: new Date(ms).toISOString(),
-  effective_at: new Date(ms).toISOString(),
+const runAt = ({ scheduledFor, note }: Occurrence, offset: number): Run => ({
+  scheduled_for: new Date(scheduledFor).toISOString(),
+  effective_at: new Date(scheduledFor + offset).toISOString(),
   ...(note === undefined ? {} : { note }),
 });

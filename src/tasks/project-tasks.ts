@@ -4,10 +4,11 @@ import { tasks } from '../db/schema.ts';
 import { cancelQueuedExecutions } from '../executions/executions.ts';
 import type { Actor } from '../http/access.ts';
 import { type TaskChange, tellChanges } from './changes.ts';
-import { databaseNow } from './queries.ts';
+import { pausedTicks, recordTicks } from './ledger.ts';
+import { databaseNow, quietWhilePaused } from './next-times.ts';
 import type { Task } from './task-events.ts';
 import { taskTransition } from './task-state.ts';
-import { firstRun } from './tasks.ts';
+import { resumed } from './tasks.ts';
 
 // What becomes of a project's tasks when the project is deleted, archived or restored: the same as if each were deleted,
 // paused or resumed by itself, with its entry in the audit log and its events, but a thousand a statement. All of it
@@ -21,7 +22,8 @@ export async function deleteTasksOf(tx: Tx, actor: Actor, projectId: number): Pr
   await inChunks(tx, `project_id = $1 and status <> 'deleted'`, projectId, async (before) => {
     const changes = await write(
       tx,
-      before.map((task) => ({ task, status: taskTransition(task.status, 'deleted'), nextRunAt: null })),
+      before,
+      before.map((task) => ({ ...task, ...STOPPED, status: taskTransition(task.status, 'deleted') ?? task.status })),
     );
     tellChanges(tx, actor, 'DELETE', changes);
     await cancelQueuedExecutions(
@@ -41,7 +43,14 @@ export async function pauseTasksOf(tx: Tx, actor: Actor, projectId: number): Pro
     async (before) => {
       const changes = await write(
         tx,
-        before.map((task) => ({ task, status: taskTransition(task.status, 'paused'), nextRunAt: null })),
+        before,
+        before.map((task) => ({
+          ...task,
+          ...STOPPED,
+          status: taskTransition(task.status, 'paused') ?? task.status,
+          pauseReason: 'project' as const,
+          quietAt: quietWhilePaused(task, task.nextRunAt, null),
+        })),
       );
       tellChanges(tx, actor, 'UPDATE', changes);
     },
@@ -65,13 +74,19 @@ export async function resumeTasksOf(tx: Tx, actor: Actor, projectId: number): Pr
         values: [before.map(({ id }) => id)],
       });
       const around = new Map(rows.map((row) => [row.id, row]));
+      const until = new Date(now.getTime() + 1);
+      recordTicks(
+        tx,
+        before.map((task) => ({ task, ticks: pausedTicks(task, until) })),
+      );
       const changes = await write(
         tx,
-        before.map((task) => ({
-          task,
-          status: taskTransition(task.status, around.get(task.id)?.running ? 'resumed_running' : 'resumed'),
-          nextRunAt: around.get(task.id)?.ticked ? null : firstRun(task, now),
-        })),
+        before,
+        before.map((task) => {
+          const { running = false, ticked = false } = around.get(task.id) ?? {};
+          const status = taskTransition(task.status, running ? 'resumed_running' : 'resumed') ?? task.status;
+          return { ...task, status, ...resumed(task, now, ticked) };
+        }),
       );
       tellChanges(tx, actor, 'UPDATE', changes);
     },
@@ -97,29 +112,46 @@ async function inChunks(
   }
 }
 
-async function write(
-  tx: Tx,
-  wanted: readonly { task: Task; status: Task['status'] | undefined; nextRunAt: Date | null }[],
-): Promise<TaskChange[]> {
+/** What of a task that no longer runs is empty. */
+const STOPPED = {
+  nextRunAt: null,
+  quietAt: null,
+  overdueAt: null,
+  overdueSince: null,
+  pauseReason: null,
+  pauseUntil: null,
+};
+
+/** Writes what changes of tasks when they stop or go on; answers each as it was and as it is. */
+async function write(tx: Tx, before: readonly Task[], wanted: readonly Task[]): Promise<TaskChange[]> {
   const { rows } = await tx.query({
     text: `
-      update tasks t set status = n.status, next_run_at = n.next_run_at, pause_reason = case when n.status = 'disabled' then 'project' end, pause_until = null,
-        version = t.version + 1, updated_at = now()
-      from jsonb_to_recordset($1) as n(id bigint, status text, next_run_at timestamptz)
+      update tasks t set status = n.status, next_run_at = n.next_run_at, quiet_at = n.quiet_at, overdue_at = n.overdue_at,
+        overdue_since = n.overdue_since, pause_reason = n.pause_reason, pause_until = n.pause_until,
+        consecutive_failures = n.consecutive_failures, version = t.version + 1, updated_at = now()
+      from jsonb_to_recordset($1) as n(id bigint, status text, next_run_at timestamptz, quiet_at timestamptz,
+        overdue_at timestamptz, overdue_since timestamptz, pause_reason text, pause_until timestamptz,
+        consecutive_failures int)
       where t.id = n.id returning t.*`,
     values: [
       JSON.stringify(
-        wanted.map(({ task, status, nextRunAt }) => ({
+        wanted.map((task) => ({
           id: task.id,
-          status: status ?? task.status,
-          next_run_at: nextRunAt,
+          status: task.status,
+          next_run_at: task.nextRunAt,
+          quiet_at: task.quietAt,
+          overdue_at: task.overdueAt,
+          overdue_since: task.overdueSince,
+          pause_reason: task.pauseReason,
+          pause_until: task.pauseUntil,
+          consecutive_failures: task.consecutiveFailures,
         })),
       ),
     ],
   });
   const after = new Map(rows.map(taskOf).map((task) => [task.id, task]));
-  return wanted.flatMap(({ task: before }) => {
-    const changed = after.get(before.id);
-    return changed ? [{ before, after: changed }] : [];
+  return before.flatMap((task) => {
+    const changed = after.get(task.id);
+    return changed ? [{ before: task, after: changed }] : [];
   });
 }

@@ -12,14 +12,6 @@ import type { Task } from './task-events.ts';
 // Written out and not as a parameter, so that the planner sees that the partial indexes of lists apply.
 const notDeleted = sql`${tasks.status} <> 'deleted'`;
 
-/** When it is, by the clock that decides what is due: in a transaction, the time of its start. */
-export async function databaseNow(q: Queryable): Promise<Date> {
-  const { rows } = await q.query<{ now: Date }>({ name: 'database-now', text: 'select now()' });
-  const [row] = rows;
-  if (!row) throw new Error('select now() answered no row.');
-  return row.now;
-}
-
 const taskOf = rowsOf(tasks);
 const GET = { name: 'task-get', text: `select * from tasks where id = $1 and status <> 'deleted'` };
 const LOCK = { name: 'task-lock', text: `${GET.text} for no key update` };

@@ -16,12 +16,14 @@ import {
   occurrenceQuery,
   occurrenceView,
 } from './calendar-schemas.ts';
+import { databaseNow } from './next-times.ts';
 import { listOccurrences } from './occurrences.ts';
 import { previewAnswer, previewBody, previewQuery, previewSchedule, previewTask } from './preview.ts';
-import { databaseNow, getTask, listTasks, taskReader } from './queries.ts';
+import { getTask, listTasks, taskReader } from './queries.ts';
 import {
   createTaskBody,
   historyQuery,
+  pauseTaskBody,
   runTaskBody,
   taskAnswer,
   taskDeleted,
@@ -172,13 +174,17 @@ export function taskRoutes(app: App, { db }: Deps): void {
       config: write,
       schema: {
         tags,
-        summary: 'Pause a task: nothing fires until it is resumed',
+        summary: 'Pause a task: nothing fires until it is resumed, or until a time',
+        description: 'Its ticks meanwhile are noted as `paused`. A paused task gets the new end of its pause.',
         params: idParams,
+        body: pauseTaskBody,
         response: { 200: taskAnswer },
       },
     },
     async (request, reply) => {
-      const task = await db.transaction((tx) => pauseTask(tx, request.actor, request.params.id));
+      const task = await db.transaction((tx) =>
+        pauseTask(tx, request.actor, request.params.id, request.body?.until ?? null),
+      );
       return reply.header('etag', etag(task)).send(taskView(task));
     },
   );

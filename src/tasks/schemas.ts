@@ -11,7 +11,8 @@ import {
 import { executionSummary } from '../executions/schemas.ts';
 import { pageAnswer, pageQuery } from '../http/pagination.ts';
 import { id, idText, instant, integerText, time, toTime } from '../http/validation.ts';
-import { CronError, parseCron } from '../schedule/cron.ts';
+import { CronError } from '../schedule/cron.ts';
+import { parseExpression } from '../schedule/recurrence.ts';
 import { isTimeZone } from '../schedule/zone.ts';
 import type { Task } from './task-events.ts';
 
@@ -38,13 +39,16 @@ export const cron = z
   .string()
   .superRefine((text, context) => {
     try {
-      parseCron(text);
+      parseExpression(text);
     } catch (error) {
       if (!(error instanceof CronError)) throw error;
       context.addIssue({ code: 'custom', message: error.message.replace(/\.$/, '') });
     }
   })
-  .meta({ description: 'Five fields, or six with seconds first, or a name such as @daily; in `timezone`.' });
+  .meta({
+    description:
+      'Five fields, or six with seconds first, or a name such as @daily, in `timezone`; or `@every <interval>[/<phase>]`, such as @every 90m, in elapsed time.',
+  });
 
 /** A time zone in a body. */
 export const timezone = z
@@ -184,6 +188,14 @@ export const runTaskBody = z
   .strictObject({ params: params.optional().meta({ description: 'For this run, instead of those of the task.' }) })
   .nullish()
   .meta({ examples: [{ params: { audience: 'board' } }] });
+
+/** A body that may be left out altogether. */
+export const pauseTaskBody = z
+  .strictObject({
+    until: instant.nullish().meta({ description: 'When it goes on by itself; unless given, when it is resumed.' }),
+  })
+  .nullish()
+  .meta({ 'x-examples': { until: { summary: 'For a while', value: { until: '2099-01-01T00:00:00Z' } } } });
 
 export const taskQuery = z.strictObject({
   ...pageQuery(),

@@ -22,6 +22,8 @@ export function taskStatusUpdate(
     previousStatus: TaskStatus | null;
     executionId?: number;
     executionStatus?: string;
+    /** The tick that the run is for. */
+    scheduledFor?: Date;
     agentId?: number | null;
     progress?: { percent?: number | undefined; message?: string | undefined };
     output?: string | null;
@@ -46,6 +48,7 @@ export function taskStatusUpdate(
       previous_status: change.previousStatus,
       execution_id: change.executionId,
       execution_status: change.executionStatus,
+      scheduled_for: change.scheduledFor?.toISOString(),
       agent_id: change.agentId ?? undefined,
       progress: change.progress,
       output: tail,

@@ -1,6 +1,6 @@
 import pg from 'pg';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import { SCHEDULE_TOPIC } from '../../src/scheduler/scheduler.ts';
+import { SCHEDULE_TOPIC } from '../../src/tasks/next-times.ts';
 import { startServer, type TestServer } from '../support/server.ts';
 import { complete, makeAgent, makeTask, unique, until } from '../support/work.ts';
 import { auditOf, eventsOf, expectProblem, makeProject, tasksCount, tracesOf } from './traces.ts';
@@ -528,7 +528,12 @@ describe('POST /tasks/{id}/pause and /resume', () => {
   /** A paused one-off whose time was ten minutes ago. */
   const overdue = async (misfire_policy: string) => {
     const skill = unique('skill');
-    const task = await makeTask(user.call, { skill_name: skill, run_at: inMs(HOUR), misfire_policy });
+    const task = await makeTask(user.call, {
+      skill_name: skill,
+      run_at: inMs(HOUR),
+      misfire_policy,
+      max_lateness_seconds: 60,
+    });
     await post(task.id, 'pause');
     await server.db.query({
       text: `update tasks set run_at = now() - interval '10 minutes' where id = $1`,
