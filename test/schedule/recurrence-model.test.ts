@@ -161,7 +161,11 @@ function expectTicks(
 
 const share = fc.double({ min: 0, max: 1, noNaN: true });
 const cuts = fc.array(share, { minLength: 1, maxLength: 4 });
-const bounds = fc.record({ startsAt: fc.option(share), endsAt: fc.option(share) });
+/** Shares of a stretch, on any ms or on a round one, where ticks may be. */
+const bound = fc.option(fc.tuple(share, fc.constantFrom(1, MINUTE, 60 * MINUTE)));
+const bounds = fc.record({ startsAt: bound, endsAt: bound });
+const boundAt = (bound: [number, number] | null, from: number, length: number) =>
+  bound && Math.floor((from + bound[0] * length) / bound[1]) * bound[1];
 
 describe('against a slow and obvious model', () => {
   test('cron: the ticks of every zone, under every policy, between all bounds, and what is left out', () => {
@@ -170,16 +174,15 @@ describe('against a slow and obvious model', () => {
       dstFold: fc.constantFrom('first' as const, 'both' as const, null),
     });
     fc.assert(
-      fc.property(place, pattern, policies, bounds, cuts, ([zone, start], cron, policy, bound, parts) => {
+      fc.property(place, pattern, policies, bounds, cuts, ([zone, start], cron, policy, bounds, parts) => {
         const stretch = stretchAt(zone, start);
         const { dstGap, dstFold } = policy;
         const gap = dstGap ?? (cron.everyHour ? 'skip' : 'shift');
         const fold = dstFold ?? (cron.everyHour ? 'both' : 'first');
         const { ticks, leftOut } = slowly(stretch, cron, gap, fold);
         const [from, until] = [start + DAY / 4, start + 2.75 * DAY];
-        const at = (part: number | null) => (part === null ? null : Math.floor(start + part * 3 * DAY));
-        const startsAt = at(bound.startsAt);
-        const endsAt = at(bound.endsAt);
+        const startsAt = boundAt(bounds.startsAt, start, 3 * DAY);
+        const endsAt = boundAt(bounds.endsAt, start, 3 * DAY);
         const { expression } = cron;
         const found = recurrence({ expression, timezone: zone, ...policy, startsAt, endsAt });
         const inside = (tick: number) => tick >= (startsAt ?? tick) && tick < (endsAt ?? Number.POSITIVE_INFINITY);
@@ -188,6 +191,7 @@ describe('against a slow and obvious model', () => {
         expect(times(found.between(from, until))).toEqual(expected);
         expect(found.count(from, until)).toBe(expected.length);
         if (first < last) expectTicks(found, expected, first, last, parts);
+        if (endsAt !== null) expect(found.next(endsAt - 1)).toBeUndefined();
         if (fold === 'first') expect(new Set(expected.map((tick) => shownAt(zone, tick))).size).toBe(expected.length);
 
         const gaps = dstGap === 'skip' ? leftOut.filter((tick) => inside(tick) && tick >= from && tick < until) : [];
@@ -214,14 +218,14 @@ describe('against a slow and obvious model', () => {
         interval,
         bounds,
         cuts,
-        ([timezone, start], [count, [name, size], odd, part], bound, parts) => {
+        ([timezone, start], [count, [name, size], odd, part], bounds, parts) => {
           const seconds = count * size + (name === 's' ? 0 : odd);
           const phase = Math.min(seconds - 1, Math.floor(part * seconds));
           const text = `${count}${name}${name === 's' || odd === 0 ? '' : `${odd}s`}`;
           const from = start + 13 * 3_600 * SECOND;
           const until = from + length * SECOND;
-          const at = (share: number | null) => (share === null ? null : Math.floor(from + share * length * SECOND));
-          const [startsAt, endsAt] = [at(bound.startsAt), at(bound.endsAt)];
+          const startsAt = boundAt(bounds.startsAt, from, length * SECOND);
+          const endsAt = boundAt(bounds.endsAt, from, length * SECOND);
           const expected: number[] = [];
           for (let second = from / SECOND; second < until / SECOND; second++) {
             const tick = second * SECOND;
@@ -233,6 +237,7 @@ describe('against a slow and obvious model', () => {
           const [first, last] = [Math.max(from, startsAt ?? from), Math.min(until, endsAt ?? until)];
           expect(times(found.between(from, until))).toEqual(expected);
           if (first < last) expectTicks(found, expected, first, last, parts);
+          if (endsAt !== null) expect(found.next(endsAt - 1)).toBeUndefined();
           expect(found.nextGap(from)).toBeUndefined();
         },
       ),
