@@ -1,4 +1,5 @@
 import CircuitBreaker from 'opossum';
+import type { Operation } from './counts.ts';
 import { LinkError } from './link.ts';
 
 export type BreakerState = 'closed' | 'open' | 'half_open';
@@ -15,8 +16,10 @@ export function createBreaker(options: {
   timeoutMs: number;
   probe: () => Promise<void>;
   onChange: (state: BreakerState, reason: string | null) => void;
+  /** A call was not made, since the breaker is not closed. */
+  onRefusal: (operation: Operation) => void;
 }) {
-  const { resetMs, timeoutMs, probe, onChange } = options;
+  const { resetMs, timeoutMs, probe, onChange, onRefusal } = options;
   let inARow = 0;
   let lastError: string | null = null;
   let closed = false;
@@ -61,9 +64,12 @@ export function createBreaker(options: {
     state,
     lastError: () => lastError,
     /** Calls the server when the breaker is closed. Throws what the call throws, or LinkError at once. */
-    async call<T>(act: () => Promise<T>): Promise<T> {
+    async call<T>(operation: Operation, act: () => Promise<T>): Promise<T> {
       // While it is half open, the one call that may pass is the probe's.
-      if (!breaker.closed) throw new LinkError('The breaker is open.');
+      if (!breaker.closed) {
+        onRefusal(operation);
+        throw new LinkError('The breaker is open.');
+      }
       try {
         return (await breaker.fire(act)) as T;
       } catch (error) {

@@ -6,7 +6,7 @@ import type { Actor } from '../http/access.ts';
 import { getProject } from '../projects/queries.ts';
 import { getTask } from '../tasks/queries.ts';
 import type { Outgoing } from './remote.ts';
-import { describe, readable, type StoreMemory } from './schemas.ts';
+import { describe, type MEMORY_SOURCES, readable, type StoreMemory } from './schemas.ts';
 
 // Memories as rows. Every one is a row first; a Memory MCP server gets it from the outbox.
 
@@ -31,7 +31,7 @@ export interface FoundMemory {
   memory: Memory;
   /** From 0 to 1. */
   score: number;
-  source: 'memory_mcp' | 'postgresql' | 'redis_cache';
+  source: (typeof MEMORY_SOURCES)[number];
 }
 
 /** A memory before it is written. */

@@ -7,9 +7,9 @@ import { createLogger } from '../platform/logger.ts';
 import { createPool } from '../platform/postgres.ts';
 import { StartupError } from '../platform/startup-error.ts';
 import { LinkError } from './link.ts';
-import { canaryOf } from './memory.ts';
 import { backlog, queueAll, reviveDead } from './outbox.ts';
 import { createRemote } from './remote.ts';
+import { canaryOf } from './server.ts';
 
 // npm run memory:check:   connects to the Memory MCP server, lists its tools, stores a canary and finds it again.
 // npm run memory:replay:  shows the memories that were given up, and lets servers send them again.

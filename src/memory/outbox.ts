@@ -79,11 +79,11 @@ export async function sendMemories(
       let sent = false;
       try {
         const known =
-          ambiguous && !remote.profile.idempotent && (await breaker.call(() => remote.has(outgoing(memory))));
+          ambiguous && !remote.profile.idempotent && (await breaker.call('has', () => remote.has(outgoing(memory))));
         if (!known) {
           // With the breaker open it is not sent at all.
           if (breaker.state() === 'closed') sent = true;
-          await breaker.call(() => remote.store(outgoing(memory)));
+          await breaker.call('store', () => remote.store(outgoing(memory)));
         }
         arrived.push(memory);
       } catch (error) {
@@ -130,14 +130,17 @@ export async function backlog(q: Queryable): Promise<{ waiting: number; dead: nu
   return rows[0] ?? { waiting: 0, dead: 0, oldest: null };
 }
 
-/** Puts what was delivered since a time back into the outbox, to be looked for first; answers how much that was. */
-export async function sendAgain(q: Queryable, since: Date): Promise<number> {
+/** Puts what was delivered since a time, and these memories, back into the outbox, to be looked for first; answers how many. */
+export async function sendAgain(q: Queryable, since: Date, ids: readonly number[]): Promise<number> {
   const { rowCount } = await q.query({
+    // By memories_delivered_idx and the primary key.
     name: 'memory-outbox-again',
     text: `
-      with again as (update memories set delivered_at = null where delivered_at >= $1 returning id)
+      with again as (
+        update memories set delivered_at = null where delivered_at >= $1 or id = any($2::bigint[]) returning id
+      )
       insert into memory_outbox (memory_id, ambiguous) select id, true from again on conflict do nothing`,
-    values: [since],
+    values: [since, ids],
   });
   return rowCount ?? 0;
 }

@@ -2,7 +2,7 @@
 // new row. Facts about each: the pages of the servers themselves.
 //
 // Arguments are templates: a text `{name}` becomes the value as it is. Values: content, key (the memory's own name), query,
-// limit, tags (flat scalars), topics (a list of texts), facts (the tags in one text).
+// limit, tags (flat scalars), topics (a list of texts), facts (the tags in one text), keys (the names that are looked for).
 // For `rest`, a tool is a method and a path, such as `POST /tools/search`.
 
 type Template = { readonly [name: string]: unknown };
@@ -24,7 +24,7 @@ export interface Profile {
     /** Hits that cannot be led back to what was stored: Muster then searches in Postgres. */
     unjoinable?: boolean;
   };
-  /** Looks one memory up by its key; where there is none, a search for its text has to do. */
+  /** Looks memories up by their keys; where there is none, a search for their text has to do. */
   find?: Call;
   /** Storing one key twice leaves one. */
   idempotent: boolean;
@@ -52,7 +52,7 @@ export const PROFILES: Readonly<Record<string, Profile>> = {
       args: { entities: [{ name: '{key}', entityType: 'memory', observations: ['{content}', '{facts}'] }] },
     },
     search: { tool: 'search_nodes', args: { query: '{query}' }, hits: 'entities' },
-    find: { tool: 'open_nodes', args: { names: ['{key}'] } },
+    find: { tool: 'open_nodes', args: { names: '{keys}' } },
     idempotent: true,
   },
   'memory-mcp-triple-system': {

@@ -23,6 +23,8 @@ export interface Remote {
   search(query: string, limit: number): Promise<Hit[]>;
   /** Whether it has this memory, as far as it can tell. */
   has(memory: Outgoing): Promise<boolean>;
+  /** Those that it does not have, as far as it can tell. */
+  missing<T extends Outgoing>(memories: readonly T[]): Promise<T[]>;
   /** A round trip to the store. */
   ping(timeoutMs?: number): Promise<void>;
   tools(): Promise<string[]>;
@@ -31,6 +33,8 @@ export interface Remote {
 
 const KEY = /muster-([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})/g;
 const PROBE_LIMIT = 20;
+/** How many are asked for by name in one call: the answer holds their contents, and must stay below the bound of the link. */
+const NAMES_AT_ONCE = 10;
 
 /** The remote that the configuration names; undefined where there is none. Throws StartupError for an unknown profile. */
 export function createRemote(config: Config, onNoise: (text: string) => void = () => {}): Remote | undefined {
@@ -51,21 +55,32 @@ export function createRemote(config: Config, onNoise: (text: string) => void = (
     requireYes(answer, profile);
     return hitsOf(answer, profile.search);
   };
+  const missing: Remote['missing'] = async (memories) => {
+    const gone: (typeof memories)[number][] = [];
+    if (!profile.find) {
+      for (const memory of memories) {
+        const hits = await search(memory.content.slice(0, 300).toWellFormed(), PROBE_LIMIT);
+        if (!hits.some(({ key }) => key === memory.key)) gone.push(memory);
+      }
+      return gone;
+    }
+    for (let i = 0; i < memories.length; i += NAMES_AT_ONCE) {
+      const some = memories.slice(i, i + NAMES_AT_ONCE);
+      const answer = await call(profile.find, { keys: some.map(({ key }) => key) }, searchMs);
+      requireYes(answer, profile);
+      const said = JSON.stringify(answer);
+      gone.push(...some.filter(({ key }) => !said.includes(key)));
+    }
+    return gone;
+  };
   return {
     profile,
     async store(memory) {
       requireYes(await call(profile.store, valuesOf(memory), storeMs), profile);
     },
     search,
-    async has(memory) {
-      if (profile.find) {
-        const answer = await call(profile.find, valuesOf(memory), searchMs);
-        requireYes(answer, profile);
-        return JSON.stringify(answer).includes(memory.key);
-      }
-      const hits = await search(memory.content.slice(0, 300).toWellFormed(), PROBE_LIMIT);
-      return hits.some(({ key }) => key === memory.key);
-    },
+    has: async (memory) => (await missing([memory])).length === 0,
+    missing,
     async ping(timeoutMs = searchMs) {
       if (profile.health) requireYes(await call(profile.health, {}, timeoutMs), profile);
       else await search('muster health', 1, timeoutMs);
@@ -86,7 +101,7 @@ const valuesOf = ({ key, content, tags }: Outgoing) => ({
 });
 
 /** Throws when an answer that came as a success says otherwise: many servers answer errors like that. */
-function requireYes(answer: unknown, { duplicate }: Profile): void {
+export function requireYes(answer: unknown, { duplicate }: Profile): void {
   const text = typeof answer === 'string' ? answer : undefined;
   const fields = typeof answer === 'object' && answer !== null ? (answer as Record<string, unknown>) : {};
   const failed =

@@ -93,8 +93,14 @@ export function memoryRoutes(app: App, { db, config, memory }: Deps & { memory: 
     },
     async (request) => {
       const start = performance.now();
-      const { found, source, degraded } = await memory.search(request.actor, request.body);
-      return { results: found.map(foundView), source, degraded, took_ms: Math.round(performance.now() - start) };
+      const { found, source, degraded, ageSeconds } = await memory.search(request.actor, request.body);
+      return {
+        results: found.map(foundView),
+        source,
+        degraded,
+        age_seconds: ageSeconds,
+        took_ms: Math.round(performance.now() - start),
+      };
     },
   );
 
@@ -192,7 +198,7 @@ export function memoryRoutes(app: App, { db, config, memory }: Deps & { memory: 
               ? ('redis_cache_stale' as const)
               : ('postgresql_fallback' as const),
         degraded: related?.degraded ?? false,
-        age_seconds: related?.ageSeconds ?? 0,
+        age_seconds: related ? related.ageSeconds : 0,
       };
     },
   );

@@ -5,6 +5,9 @@ import { id, integerText, time, toTime } from '../http/validation.ts';
 import { taskAnswer, taskSummary } from '../tasks/schemas.ts';
 import type { FoundMemory, Memory } from './memories.ts';
 
+/** Where memories are found: the server, Postgres, or what the server found last, as Redis has it. */
+export const MEMORY_SOURCES = ['memory_mcp', 'postgresql', 'redis_cache'] as const;
+
 const MAX_CONTENT = 32_768;
 const MAX_METADATA_BYTES = 8_192;
 
@@ -85,15 +88,19 @@ const found = z
     memory_id: id,
     content: z.string(),
     score: z.number().min(0).max(1),
-    source: z.enum(['memory_mcp', 'postgresql', 'redis_cache']).meta({ description: 'Which of them found it.' }),
+    source: z.enum(MEMORY_SOURCES).meta({ description: 'Which of them found it.' }),
     metadata: tags,
   })
   .meta({ id: 'FoundMemory' });
 
 export const searchAnswer = z.object({
   results: z.array(found),
-  source: z.enum(['memory_mcp', 'postgresql', 'redis_cache']).meta({ description: 'What was asked.' }),
+  source: z.enum(MEMORY_SOURCES).meta({ description: 'What was asked.' }),
   degraded: z.boolean().meta({ description: 'There is a Memory MCP server, and it did not answer.' }),
+  age_seconds: z.int().nullable().meta({
+    description:
+      '0 when the Memory MCP server answered, or there is none; else how long ago it last answered, null when it never did.',
+  }),
   took_ms: z.int(),
 });
 
@@ -146,7 +153,10 @@ export const historyAnswer = z
     related_tasks: z.array(taskSummary),
     source: z.enum(['memory_mcp', 'redis_cache_stale', 'postgresql_fallback']),
     degraded: z.boolean(),
-    age_seconds: z.int().meta({ description: 'How old the copy is that related memories come from.' }),
+    age_seconds: z.int().nullable().meta({
+      description:
+        'Of related memories: 0 when the Memory MCP server found them, or there is none; the age of the copy; else how long ago the server last answered, null when it never did.',
+    }),
   })
   .meta({ id: 'TaskHistory' });
 

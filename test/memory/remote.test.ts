@@ -1,6 +1,7 @@
-import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, onTestFinished, test } from 'vitest';
+import { setFlagsFromString } from 'node:v8';
+import { runInNewContext } from 'node:vm';
+import { afterEach, beforeEach, describe, expect, onTestFinished, test } from 'vitest';
 import { readConfig } from '../../src/config.ts';
-import { canaryOf } from '../../src/memory/memory.ts';
 import { reviveDead } from '../../src/memory/outbox.ts';
 import { createRemote } from '../../src/memory/remote.ts';
 import { type Fault, type MemoryServer, startMemoryServer } from '../support/memory-server.ts';
@@ -26,8 +27,9 @@ const env = (url: string, more: Record<string, string> = {}) => ({
   ...more,
 });
 
-async function begin(more: Record<string, string> = {}) {
+async function begin(more: Record<string, string> = {}, fault: Fault = 'none') {
   remote = await startMemoryServer();
+  remote.fault = fault;
   const rest = more['MEMORY_MCP_TRANSPORT'] === 'rest';
   server = await startServer({ env: env(rest ? new URL(remote.url).origin : remote.url, more) });
   user = await server.newUser();
@@ -69,7 +71,7 @@ describe('a server that is well', () => {
       project: 'none',
     });
     const found = await search('new broom');
-    expect(found.body).toMatchObject({ source: 'memory_mcp', degraded: false });
+    expect(found.body).toMatchObject({ source: 'memory_mcp', degraded: false, age_seconds: 0 });
     expect(found.body.results[0]).toMatchObject({ memory_id: body.memory_id, source: 'memory_mcp' });
     expect((await server.admin('GET', '//health')).body).toMatchObject({ memory_mcp: 'ok', status: 'healthy' });
   });
@@ -123,7 +125,7 @@ describe.each(FAULTS)('a server with the fault “%s”', (fault) => {
     for (let i = 1; i <= 3; i++) {
       const answer = await search('apples');
       expect(answer.status).toBe(200);
-      expect(answer.body).toMatchObject({ source: 'postgresql', degraded: true });
+      expect(answer.body).toMatchObject({ source: 'postgresql', degraded: true, age_seconds: expect.any(Number) });
       expect(texts(answer)).toEqual(['The first memory, of apples.']);
       if (i < 3) expect((await health()).breaker_state).toBe('closed');
     }
@@ -142,6 +144,29 @@ describe.each(FAULTS)('a server with the fault “%s”', (fault) => {
     ]);
     expect((await search('pears')).body).toMatchObject({ source: 'memory_mcp', degraded: false });
   });
+});
+
+test('an answer without the server says since when that has been away, and null of one that never answered', async () => {
+  await begin({}, 'status-500');
+  await store('The first memory, of apples.');
+  expect((await search('apples')).body).toMatchObject({ degraded: true, age_seconds: null, results: [{}] });
+  const task = await makeTask(user.call, { name: 'Apples' });
+  const history = async () => (await user.call('GET', `/tasks/${task.id}/history?related=true`)).body;
+  expect(await history()).toMatchObject({ source: 'postgresql_fallback', degraded: true, age_seconds: null });
+  remote.fault = 'none';
+  await until(
+    async () => (await search('apples')).body,
+    ({ degraded, age_seconds }) => !degraded && age_seconds === 0,
+    60,
+  );
+  await remote.kill();
+  await until(
+    async () => (await search('apples')).body,
+    ({ degraded, age_seconds }) => degraded && age_seconds >= 1,
+    60,
+  );
+  expect((await history()).age_seconds).toBeGreaterThanOrEqual(1);
+  expect((await user.call('GET', `/tasks/${task.id}/history`)).body).toMatchObject({ degraded: false, age_seconds: 0 });
 });
 
 test('a server over plain REST gets the key in its own header, is left alone while it fails, and gets what it missed', async () => {
@@ -173,20 +198,58 @@ test('what a server stored although it answered too late is not sent twice', asy
   expect(keys()).toHaveLength(3);
 });
 
-test('a server that says that it stored and did not is found out, and gets everything again', async () => {
-  await begin({ MEMORY_MCP_PROFILE: 'server-memory', MEMORY_MCP_HEALTH_INTERVAL_MS: '200' });
-  await store('kept');
-  remote.fault = 'lie';
-  await store('lost one');
-  await store('lost two');
-  await until(health, ({ breaker_state, backlog }) => breaker_state !== 'closed' || backlog > 0);
-  remote.fault = 'none';
-  await until(
-    async () => keys().length,
-    (count) => count === 3,
-  );
-  await allDelivered();
-  expect(remote.kept.map(({ text }) => text)).toEqual(expect.arrayContaining(['kept', 'lost one', 'lost two']));
+describe('a server that says that it stored and did not is found out, and gets everything again', () => {
+  test('while it goes on to lie, and when it is well', async () => {
+    await begin({ MEMORY_MCP_PROFILE: 'server-memory', MEMORY_MCP_HEALTH_INTERVAL_MS: '200' });
+    await store('kept');
+    remote.fault = 'lie';
+    await store('lost one');
+    await store('lost two');
+    // More stores than there were: it was found out, and lied again.
+    await until(
+      async () => remote.calls.store,
+      (count) => count > 3,
+      60,
+    );
+    remote.fault = 'none';
+    await until(
+      async () => keys().length,
+      (count) => count === 3,
+      60,
+    );
+    await allDelivered();
+    expect(remote.kept.map(({ text }) => text)).toEqual(expect.arrayContaining(['kept', 'lost one', 'lost two']));
+  });
+
+  test('also when it kept the latest', async () => {
+    await begin({ MEMORY_MCP_PROFILE: 'server-memory', MEMORY_MCP_HEALTH_INTERVAL_MS: '1500' });
+    remote.fault = 'lie';
+    await store('lost');
+    remote.fault = 'none';
+    await store('kept');
+    await until(
+      async () => keys().length,
+      (count) => count === 2,
+      60,
+    );
+    await allDelivered();
+    expect(new Set(remote.kept.map(({ text }) => text))).toEqual(new Set(['lost', 'kept']));
+  });
+
+  test('also when the look for it failed at first', async () => {
+    await begin({ MEMORY_MCP_PROFILE: 'server-memory', MEMORY_MCP_HEALTH_INTERVAL_MS: '200' });
+    remote.fault = 'lie';
+    await store('lost');
+    remote.fault = 'status-500';
+    await until(health, ({ breaker_state }) => breaker_state !== 'closed', 60);
+    remote.fault = 'none';
+    await until(
+      async () => keys().length,
+      (count) => count === 1,
+      60,
+    );
+    await allDelivered();
+  });
 });
 
 test.each(['memory-mcp-triple-system', 'server-memory'])(
@@ -285,37 +348,60 @@ test('a memory that is given up is kept, shown and sent again when asked for', a
 });
 
 describe('leaks', () => {
-  beforeAll(async () => {
-    remote = await startMemoryServer();
-  });
-  afterAll(() => remote.kill().catch(() => {}));
+  // None that the SDK's own server answers: that one keeps something of every call, in this process too.
+  const FAILURES: (Fault | 'refused')[] = ['status-500', 'garbage', 'half', 'unauthorized', 'refused'];
 
-  test('ten thousand failing calls leave no socket and no timer behind', async () => {
-    const config = readConfig(env(remote.url), '/');
-    const link = createRemote(config);
-    if (!link) throw new Error('There is no remote.');
-    await link.store(canaryOf());
-    const resources = () => process.getActiveResourcesInfo().filter((name) => /TCP|Timeout/.test(name)).length;
-    const before = { sockets: await remote.connections(), resources: resources() };
-    remote.fault = 'status-500';
-    let failed = 0;
-    const worker = async () => {
-      for (let i = 0; i < 500; i++) await link.search('x', 1).catch(() => failed++);
+  test('ten thousand failing calls leave no socket, no timer and no memory behind', async () => {
+    const away = await startMemoryServer();
+    await away.kill();
+    remote = await startMemoryServer();
+    const link = createRemote(readConfig(env(remote.url), '/'));
+    const nowhere = createRemote(readConfig(env(away.url), '/'));
+    if (!link || !nowhere) throw new Error('There is no remote.');
+    const fail = async (count: number) => {
+      let failed = 0;
+      for (const fault of FAILURES) {
+        if (fault !== 'refused') remote.fault = fault;
+        const target = fault === 'refused' ? nowhere : link;
+        const worker = async () => {
+          for (let i = 0; i < count / FAILURES.length / 20; i++) await target.search('x', 1).catch(() => failed++);
+        };
+        await Promise.all(Array.from({ length: 20 }, worker));
+      }
+      remote.fault = 'none';
+      expect(await link.search(unique('x'), 1)).toEqual([]);
+      return failed;
     };
-    await Promise.all(Array.from({ length: 20 }, worker));
-    expect(failed).toBe(10_000);
-    remote.fault = 'none';
-    expect(await link.search(unique('x'), 1)).toEqual([]);
+    const resources = () => process.getActiveResourcesInfo().filter((name) => /TCP|Timeout/.test(name)).length;
+    const heapMegabytes = () => {
+      collectGarbage();
+      return process.memoryUsage().heapUsed / 1024 / 1024;
+    };
+    expect(await fail(1_000)).toBe(1_000);
+    const before = { sockets: await remote.connections(), resources: resources(), heap: heapMegabytes() };
+    expect(await fail(10_000)).toBe(10_000);
     await until(
       () => remote.connections(),
       (count) => count <= before.sockets + 3,
-      30,
+      60,
     );
     await until(
       async () => resources(),
       (count) => count <= before.resources + 6,
-      30,
+      60,
     );
-    await link.close();
-  }, 120_000);
+    // A kilobyte a call would be ten.
+    await until(
+      async () => heapMegabytes() - before.heap,
+      (grown) => grown < 4,
+      60,
+    );
+    await Promise.all([link.close(), nowhere.close()]);
+  }, 240_000);
 });
+
+/** Collects everything that can be, now. */
+function collectGarbage(): void {
+  setFlagsFromString('--expose-gc');
+  runInNewContext('gc')();
+}
