@@ -124,6 +124,7 @@ const variables = z.object({
   LEASE_SECONDS: integer(2, 3600, ' seconds').prefault('30'),
   WS_MAX_CONNECTIONS_PER_USER: integer(1, 1000000, ' connections').prefault('200'),
   WS_MAX_CONNECTIONS_PER_ADDRESS: integer(1, 1000000, ' connections').prefault('1000'),
+  METRICS: z.enum(['on', 'off', 'token'], { error: 'on, off or token' }).default('on'),
   MEMORY_CAPTURE: captured.prefault('executions,activity'),
   MEMORY_MCP_TRANSPORT: z
     .enum(['streamable-http', 'stdio', 'rest'], { error: 'streamable-http, stdio or rest' })

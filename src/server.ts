@@ -7,6 +7,7 @@ import { auditRoutes } from './audit/routes.ts';
 import { credentials } from './auth/credentials.ts';
 import { authRoutes } from './auth/routes.ts';
 import { executionRoutes } from './executions/routes.ts';
+import { createMetrics, type Metrics } from './health/metrics.ts';
 import { healthRoutes } from './health/routes.ts';
 import { requireAccessRules } from './http/access.ts';
 import type { App, Deps } from './http/app.ts';
@@ -68,7 +69,8 @@ export async function buildServer(
   handleErrors(app);
   requireAccessRules(app);
   validateWithZod(app);
-  logRequests(app);
+  const metrics = config.METRICS === 'off' ? undefined : createMetrics(deps);
+  logRequests(app, metrics);
   const drain = createDrain(app);
 
   await app.register(helmet, {
@@ -100,7 +102,7 @@ export async function buildServer(
   authenticate(app, verify, limits);
   await describeApi(app, version);
   const all = { ...deps, limits, drain, tokens, verify, stillGood };
-  healthRoutes(app, all);
+  healthRoutes(app, { ...all, metrics });
   await realtimeRoutes(app, all);
   await app.register(
     async (api: App) => {
@@ -117,8 +119,8 @@ export async function buildServer(
   return { app, drain };
 }
 
-/** One line a request; and the request's id goes back to whoever sent it. */
-function logRequests(app: App): void {
+/** One line a request, and its time for the metrics; and the request's id goes back to whoever sent it. */
+function logRequests(app: App, metrics: Metrics | undefined): void {
   app.addHook('onRequest', async (request, reply) => {
     reply.header('x-request-id', request.id);
   });
@@ -126,5 +128,7 @@ function logRequests(app: App): void {
     const entry = { req: request, status: reply.statusCode, ms: Math.round(reply.elapsedTime) };
     if (request.routeOptions.config.limit === 'none') request.log.debug(entry, 'request');
     else request.log.info(entry, 'request');
+    const { method, routeOptions } = request;
+    metrics?.observe({ method, route: routeOptions.url, status: reply.statusCode, ms: reply.elapsedTime });
   });
 }

@@ -5,6 +5,7 @@ import { unavailable } from '../http/problem.ts';
 import { time } from '../http/validation.ts';
 import type { Memories } from '../memory/memory.ts';
 import { createHealthChecks } from './health.ts';
+import type { Metrics } from './metrics.ts';
 
 const state = z.enum(['ok', 'away', 'disabled']);
 
@@ -23,8 +24,14 @@ const healthAnswer = z
 
 const probeAnswer = z.object({ status: z.enum(['ok']) });
 
-/** Probes, for load balancers and people. Never limited, never signed in. */
-export function healthRoutes(app: App, deps: Deps & { drain: Drain; version: string; memory: Memories }): void {
+/**
+ * Probes, for load balancers and people: never limited, never signed in. And what Prometheus scrapes, which may be for admins
+ * alone (METRICS=token).
+ */
+export function healthRoutes(
+  app: App,
+  deps: Deps & { drain: Drain; version: string; memory: Memories; metrics: Metrics | undefined },
+): void {
   const check = createHealthChecks(deps);
   const config = { access: { rule: 'public' }, limit: 'none' } as const;
   const startedAt = performance.now();
@@ -70,4 +77,20 @@ export function healthRoutes(app: App, deps: Deps & { drain: Drain; version: str
       },
     );
   }
+
+  const { metrics } = deps;
+  if (!metrics) return;
+  const admins = { access: { rule: 'admin', scopes: ['read'] }, limit: 'none' } as const;
+  app.get(
+    '/metrics',
+    {
+      config: deps.config.METRICS === 'token' ? admins : config,
+      schema: {
+        tags: ['health'],
+        summary: 'How Muster does, in numbers, as Prometheus reads them',
+        response: { 200: { description: 'Text.', content: { 'text/plain': { schema: z.string() } } } },
+      },
+    },
+    async (_request, reply) => reply.type(metrics.contentType).send(await metrics.render()),
+  );
 }

@@ -118,16 +118,27 @@ export async function sendDue(
   return { arrived, more: rows.length === BATCH && arrived.length > 0 };
 }
 
-/** What waits and what was given up, in all. */
-export async function backlog(q: Queryable): Promise<{ waiting: number; dead: number; oldest: Date | null }> {
-  const { rows } = await q.query<{ waiting: number; dead: number; oldest: Date | null }>({
+/** The outbox in numbers. */
+export interface Backlog {
+  waiting: number;
+  dead: number;
+  oldest: Date | null;
+  /** How long the oldest has waited, by the database's clock; 0 for none. */
+  oldestSeconds: number;
+}
+
+/** What waits, since when, and what was given up, in all. */
+export async function backlog(q: Queryable): Promise<Backlog> {
+  const { rows } = await q.query<Backlog>({
     name: 'memory-outbox-backlog',
     text: `
       select count(*) filter (where dead_at is null)::int as waiting, count(dead_at)::int as dead,
-        min(created_at) filter (where dead_at is null) as oldest
+        min(created_at) filter (where dead_at is null) as oldest,
+        coalesce(extract(epoch from now() - min(created_at) filter (where dead_at is null)), 0)::float8 as "oldestSeconds"
       from memory_outbox`,
   });
-  return rows[0] ?? { waiting: 0, dead: 0, oldest: null };
+  if (!rows[0]) throw new Error('The counts of the outbox answered no row.');
+  return rows[0];
 }
 
 /** Puts what was delivered since a time, and these memories, back into the outbox, to be looked for first; answers how many. */
