@@ -43,6 +43,8 @@ export function startCrew(options: {
   skill: string;
   name: string;
   folder: string;
+  /** How many runs each takes at a time; it works on them one after the other. */
+  max?: number;
 }): Crew {
   const members = new Set<Member>();
   const crew: Pick<Crew, 'claims' | 'reports' | 'kills' | 'taken'> = {
@@ -55,11 +57,15 @@ export function startCrew(options: {
   const ends: Promise<unknown>[] = [];
 
   const hire = (name: string) => {
-    const child = spawn(process.execPath, [AGENT, name, options.skill, options.urls.join(',')], {
-      cwd: options.folder,
-      env: { PATH: process.env['PATH'], MUSTER_KEY: options.key },
-      stdio: ['ignore', 'pipe', 'inherit'],
-    });
+    const child = spawn(
+      process.execPath,
+      [AGENT, name, options.skill, options.urls.join(','), String(options.max ?? 2)],
+      {
+        cwd: options.folder,
+        env: { PATH: process.env['PATH'], MUSTER_KEY: options.key },
+        stdio: ['ignore', 'pipe', 'inherit'],
+      },
+    );
     const member: Member = { name, child, stalled: undefined, worked: false };
     members.add(member);
     createInterface({ input: child.stdout }).on('line', (line) => hear(member, line));

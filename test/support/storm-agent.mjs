@@ -1,11 +1,11 @@
 // An agent that tells its parent, a JSON object a line, what it is about to do and what was answered, so that the parent
 // knows what happened even when it kills this process at any moment. Plain JavaScript, since many are started a second.
-//     node storm-agent.mjs NAME SKILL URL,URL…      with the key in MUSTER_KEY
+//     node storm-agent.mjs NAME SKILL URL,URL… MAX      takes MAX runs at a time; the key is in MUSTER_KEY
 // A run's params may ask for more than a moment of work: `stall` stops the process (SIGSTOP) at the first attempt, `poison`
 // kills it at every one, `hang` sends heartbeats for as long as the server takes them, and reports nothing.
 // SIGTERM ends it after what it has claimed.
 
-const [name, skill, list] = process.argv.slice(2);
+const [name, skill, list, max] = process.argv.slice(2);
 const urls = list.split(',');
 const headers = { authorization: `Bearer ${process.env.MUSTER_KEY}`, 'content-type': 'application/json' };
 let turn = Math.floor(Math.random() * urls.length);
@@ -73,7 +73,7 @@ async function work(run) {
 const { body: agent } = await insist('/agents', { name, max_concurrency: 8 });
 say({ registered: agent.id });
 while (!leaving) {
-  const { status, body } = await post(`/agents/${agent.id}/claim`, { max: 2, wait_ms: 500, skills: [skill] });
+  const { status, body } = await post(`/agents/${agent.id}/claim`, { max: Number(max), wait_ms: 500, skills: [skill] });
   if (status !== 200) await pause(50);
   else for (const run of body.executions) await work(run);
 }
