@@ -152,7 +152,10 @@ export function executionDetailView(row: Execution) {
   return { ...executionCommon(row), params: row.params, output_text: row.outputText };
 }
 
-/** How long a run took, in milliseconds, by the database's clock; null while it goes on or when it never started. */
+/**
+ * How long a run took, in milliseconds, by the database's clock; null while it goes on or when it never started. Zero when
+ * that clock was put back meanwhile.
+ */
 export function durationMs(row: Pick<Execution, 'startedAt' | 'endedAt'>): number | null {
-  return row.startedAt && row.endedAt ? row.endedAt.getTime() - row.startedAt.getTime() : null;
+  return row.startedAt && row.endedAt ? Math.max(0, row.endedAt.getTime() - row.startedAt.getTime()) : null;
 }
