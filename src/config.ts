@@ -122,6 +122,8 @@ const variables = z.object({
   SHUTDOWN_TIMEOUT_SECONDS: integer(1, 600, ' seconds').prefault('20'),
   AGENT_OFFLINE_AFTER_SECONDS: integer(5, 86400, ' seconds').prefault('60'),
   LEASE_SECONDS: integer(2, 3600, ' seconds').prefault('30'),
+  RETENTION_EXECUTIONS_DAYS: integer(0, 36500, ' days').prefault('90'),
+  RETENTION_OCCURRENCES_DAYS: integer(0, 36500, ' days').prefault('30'),
   WS_MAX_CONNECTIONS_PER_USER: integer(1, 1000000, ' connections').prefault('200'),
   WS_MAX_CONNECTIONS_PER_ADDRESS: integer(1, 1000000, ' connections').prefault('1000'),
   METRICS: z.enum(['on', 'off', 'token'], { error: 'on, off or token' }).default('on'),

@@ -12,6 +12,7 @@ import { SCHEDULE_TOPIC } from '../tasks/next-times.ts';
 import { fireDue } from './fire.ts';
 import { noteQuiet } from './quiet.ts';
 import { reapLeases } from './reaper.ts';
+import { retention } from './retention.ts';
 
 // The loops that make things happen without anybody asking. Every process runs them; the work is shared by row locks, so
 // there is no leader to lose. Each loop sleeps until there is something to do: until the next tick, or the end of a
@@ -29,8 +30,8 @@ export interface Scheduler {
 }
 
 /**
- * Starts firing due tasks, noting ticks that do not run, offering runs whose backoff is over, reaping lost leases, noticing silent agents, and forgetting
- * answers to Idempotency-Keys that are kept no longer.
+ * Starts firing due tasks, noting ticks that do not run, offering runs whose backoff is over, reaping lost leases, noticing
+ * silent agents, and deleting what is kept no longer: answers to Idempotency-Keys, runs, ticks.
  */
 export function startScheduler(deps: { db: Database; bus: Bus; logger: Logger; config: Config }): Scheduler {
   const { db, bus, config } = deps;
@@ -72,10 +73,13 @@ export function startScheduler(deps: { db: Database; bus: Bus; logger: Logger; c
       : EXPIRE_EVERY_MS,
   );
 
+  const retaining = startLoop(log, retention(deps));
+
   let stopped: Promise<void> | undefined;
   const stop = async () => {
     offRetry();
-    await Promise.all([firing.stop(), noting.stop(), offering.stop(), reaping.stop(), expiring.stop()]);
+    const loops = [firing, noting, offering, reaping, expiring, retaining];
+    await Promise.all(loops.map((loop) => loop.stop()));
   };
   return {
     stop: () => {
