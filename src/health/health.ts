@@ -5,6 +5,16 @@ import type { RedisConnection } from '../platform/redis.ts';
 const CHECK_TIMEOUT_MS = 1_000;
 const CACHE_MS = 1_000;
 
+/** So many stand for that many or more: what is told here must not cost more the worse things are. */
+const MOST_OVERDUE = 10_000;
+/** Served by tasks_overdue_since_idx. */
+const OVERDUE = {
+  name: 'health-overdue',
+  text: `
+    select count(*)::int as n from (
+      select from tasks where overdue_since is not null and status <> 'deleted' limit ${MOST_OVERDUE}) overdue`,
+};
+
 type State = 'ok' | 'away' | 'disabled';
 
 export interface Health {
@@ -12,6 +22,8 @@ export interface Health {
   database: State;
   redis: State;
   memory_mcp: State;
+  /** How many tasks did not succeed in time; null when that cannot be told. */
+  overdue_tasks: number | null;
   checks: Record<string, { status: State; took_ms: number }>;
 }
 
@@ -51,9 +63,13 @@ export function createHealthChecks({
   };
 
   const look = async (): Promise<Health> => {
-    const [database, cache] = await Promise.all([
+    let overdue: number | null = null;
+    const [database, cache, counted] = await Promise.all([
       measure(() => db.query({ name: 'health', text: 'select 1' })),
       redis ? measure(() => redis.ping()) : { status: 'disabled' as const, took_ms: 0 },
+      measure(async () => {
+        overdue = (await db.query<{ n: number }>(OVERDUE)).rows[0]?.n ?? null;
+      }),
     ]);
     const notifications = { status: bus.connected() ? ('ok' as const) : ('away' as const), took_ms: 0 };
     const unhealthy = database.status === 'away';
@@ -64,7 +80,8 @@ export function createHealthChecks({
       database: database.status,
       redis: cache.status,
       memory_mcp: memoryServer,
-      checks: { database, notifications, ...(redis ? { redis: cache } : {}) },
+      overdue_tasks: overdue,
+      checks: { database, notifications, overdue_tasks: counted, ...(redis ? { redis: cache } : {}) },
     };
   };
 

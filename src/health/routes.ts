@@ -18,6 +18,10 @@ const healthAnswer = z
     database: state,
     redis: state,
     memory_mcp: state,
+    overdue_tasks: z
+      .int()
+      .nullable()
+      .meta({ description: 'How many tasks did not succeed in time; 10,000 stands for that many or more.' }),
     checks: z.record(z.string(), z.object({ status: state, took_ms: z.number() })),
   })
   .meta({ id: 'Health' });

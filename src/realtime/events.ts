@@ -4,6 +4,7 @@ import type { EVENT_TOPICS } from '../db/schema.ts';
 /** Every type of event there is, and the topic that a subscriber names to get it. */
 export const EVENT_TYPES = {
   task_status_update: 'tasks',
+  task_overdue: 'tasks',
   agent_activity_update: 'agents',
   calendar_event_created: 'calendar',
   calendar_event_updated: 'calendar',

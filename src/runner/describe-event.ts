@@ -9,6 +9,8 @@ export function describeEvent({ type, data }: Envelope): string | undefined {
       return data['resumed'] ? 'connected again; what was missed follows' : 'connected; waiting for events';
     case 'task_status_update':
       return describeTask(data);
+    case 'task_overdue':
+      return `task ${data['task_id']} ${shown(data['title'])}: no success within ${data['expect_success_within_seconds']} s (the last: ${data['last_success_at'] ?? 'none so far'})`;
     case 'agent_activity_update':
       return `agent ${data['agent_id']} ${shown(data['agent_name'])}: ${shown(data['action'])}, now ${shown(data['status'])}${run(data)}`;
     case 'calendar_event_created':

@@ -10,6 +10,7 @@ import type { Logger } from '../platform/logger.ts';
 import { startLoop } from '../platform/loop.ts';
 import { SCHEDULE_TOPIC } from '../tasks/next-times.ts';
 import { fireDue } from './fire.ts';
+import { markOverdue } from './overdue.ts';
 import { noteQuiet } from './quiet.ts';
 import { reapLeases } from './reaper.ts';
 import { retention } from './retention.ts';
@@ -31,7 +32,8 @@ export interface Scheduler {
 
 /**
  * Starts firing due tasks, noting ticks that do not run, offering runs whose backoff is over, reaping lost leases, noticing
- * silent agents, and deleting what is kept no longer: answers to Idempotency-Keys, runs, ticks.
+ * silent agents and tasks that did not succeed in time, and deleting what is kept no longer: answers to Idempotency-Keys,
+ * runs, ticks.
  */
 export function startScheduler(deps: { db: Database; bus: Bus; logger: Logger; config: Config }): Scheduler {
   const { db, bus, config } = deps;
@@ -73,12 +75,13 @@ export function startScheduler(deps: { db: Database; bus: Bus; logger: Logger; c
       : EXPIRE_EVERY_MS,
   );
 
+  const missing = startLoop(log, async () => Math.min((await markOverdue(db)) ?? MAX_SLEEP_MS, MAX_SLEEP_MS));
   const retaining = startLoop(log, retention(deps));
 
   let stopped: Promise<void> | undefined;
   const stop = async () => {
     offRetry();
-    const loops = [firing, noting, offering, reaping, expiring, retaining];
+    const loops = [firing, noting, offering, reaping, missing, expiring, retaining];
     await Promise.all(loops.map((loop) => loop.stop()));
   };
   return {

@@ -1,4 +1,4 @@
-import { and, asc, eq, gte, lt, type SQL, sql } from 'drizzle-orm';
+import { and, asc, eq, gte, isNotNull, isNull, lt, type SQL, sql } from 'drizzle-orm';
 import { coalesced } from '../db/coalesce.ts';
 import type { Database, Queryable, Tx } from '../db/database.ts';
 import { rowsOf } from '../db/rows.ts';
@@ -90,10 +90,10 @@ export async function listTasks(q: Queryable, actor: Actor, query: TaskQuery): P
 }
 
 type TaskFilters = Pick<TaskQuery, 'status' | 'skill_name' | 'project_id' | 'agent_id' | 'search'> &
-  Partial<Pick<TaskQuery, 'next_run_from' | 'next_run_to'>>;
+  Partial<Pick<TaskQuery, 'overdue' | 'next_run_from' | 'next_run_to'>>;
 
 function filterOf(actor: Actor, filters: TaskFilters): SQL | undefined {
-  const { status, skill_name, project_id, agent_id, search, next_run_from, next_run_to } = filters;
+  const { status, skill_name, project_id, agent_id, search, overdue, next_run_from, next_run_to } = filters;
   return and(
     notDeleted,
     ownedBy(actor, tasks.userId),
@@ -102,6 +102,7 @@ function filterOf(actor: Actor, filters: TaskFilters): SQL | undefined {
     project_id === undefined ? undefined : eq(tasks.projectId, project_id),
     agent_id === undefined ? undefined : eq(tasks.agentId, agent_id),
     search === undefined ? undefined : contains(searched, search),
+    overdue === undefined ? undefined : (overdue ? isNotNull : isNull)(tasks.overdueSince),
     next_run_from === undefined ? undefined : and(gte(nextRun, next_run_from), sql`${nextRun} < 'infinity'`),
     next_run_to === undefined ? undefined : lt(nextRun, next_run_to),
   );

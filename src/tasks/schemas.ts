@@ -10,7 +10,7 @@ import {
 } from '../db/schema.ts';
 import { executionSummary } from '../executions/schemas.ts';
 import { pageAnswer, pageQuery } from '../http/pagination.ts';
-import { id, idText, instant, integerText, time, toTime } from '../http/validation.ts';
+import { booleanText, id, idText, instant, integerText, time, toTime } from '../http/validation.ts';
 import { CronError } from '../schedule/cron.ts';
 import { parseExpression } from '../schedule/recurrence.ts';
 import { isTimeZone } from '../schedule/zone.ts';
@@ -210,6 +210,7 @@ export const taskQuery = z.strictObject({
   search: z.string().max(255).optional().meta({
     description: 'Part of the name or skill_name, in any case; one or two letters: the start of a word in them.',
   }),
+  overdue: booleanText.optional().meta({ description: 'Only those that are overdue, or only those that are not.' }),
   next_run_from: instant.optional().meta({ description: 'Only those whose next run is not before this.' }),
   next_run_to: instant.optional().meta({ description: 'Only those whose next run is before this.' }),
   sort_by: z.enum(TASK_SORTS).optional().meta({ description: 'created_at unless given.' }),

@@ -60,6 +60,25 @@ export function taskStatusUpdate(
   };
 }
 
+/** The event that tells that a task did not succeed in time; `task` is the state after it was marked. */
+export function taskOverdue(task: Task): NewEvent {
+  return {
+    type: 'task_overdue',
+    userId: task.userId,
+    taskId: task.id,
+    projectId: task.projectId,
+    data: {
+      task_id: task.id,
+      project_id: task.projectId,
+      title: task.name ?? task.skillName,
+      skill_name: task.skillName,
+      expect_success_within_seconds: task.expectSuccessWithinSeconds,
+      last_success_at: toTime(task.lastSuccessAt),
+      overdue_since: toTime(task.overdueSince),
+    },
+  };
+}
+
 /** The event that tells calendars of a task's next time. */
 export function calendarEvent(
   change: 'created' | 'updated' | 'deleted',

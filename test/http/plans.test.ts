@@ -28,12 +28,13 @@ beforeAll(async () => {
       [owner],
     );
     await run(
-      `insert into tasks (user_id, project_id, agent_id, name, skill_name, priority, schedule_cron, status, next_run_at, created_at)
+      `insert into tasks (user_id, project_id, agent_id, name, skill_name, priority, schedule_cron, status, next_run_at, overdue_since, created_at)
        select $1, (select min(id) from projects where user_id = $1) + i % 1000,
          case when i % 100 = 0 then (select min(id) from agents where user_id = $1) + i % 1000 end,
          'task ' || md5(i::text), 'skill-' || i % 300, i % 4, (i % 60) || ' 3 * * *',
          case when i % 500 = 0 then 'failed' else 'pending' end,
-         now() + interval '1 day' + i * interval '1 second', now() - i * interval '1 second'
+         now() + interval '1 day' + i * interval '1 second', case when i % 700 = 0 then now() end,
+         now() - i * interval '1 second'
        from generate_series(1, ${ROWS}) i`,
       [owner],
     );
@@ -149,6 +150,7 @@ describe('an index serves', () => {
     ['tasks of a project', () => `/tasks?project_id=${projectId}`],
     ['tasks of an agent', () => `/tasks?agent_id=${agentId}`],
     ['tasks of a window', () => `/tasks?next_run_from=${inDays(1)}&next_run_to=${inDays(1.01)}`],
+    ['tasks that are overdue', () => '/tasks?overdue=true'],
     ['tasks by a part of the name', () => '/tasks?search=c4ca4238a0b9'],
     ['tasks by two letters', () => '/tasks?search=zz&total=false'],
     ['one task with its runs', () => `/tasks/${taskId}`],
