@@ -11,7 +11,6 @@ export const EVENT_TYPES = {
   calendar_event_deleted: 'calendar',
   memory_status_update: 'memory',
   task_occurrences: 'tasks',
-  task_overdue: 'tasks',
 } as const satisfies Record<string, (typeof EVENT_TOPICS)[number]>;
 
 export type EventType = keyof typeof EVENT_TYPES;
