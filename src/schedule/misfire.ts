@@ -90,17 +90,20 @@ export function resolveDue(options: {
   if (maxTicks <= 0) return { ticks: [], next: undefined };
   if (dueAt > now) return { ticks: [], next: dueAt };
   // The oldest is a tick by its own right: a one-off has no other, and a schedule may have changed since it was set.
-  const firstFrom = (ms: number) => (ms <= dueAt ? dueAt : nextAfter(ms - 1));
-  const newest = (end: number, limit: number) => newestBetween(firstFrom, nextAfter, dueAt, end, limit);
-  const next = nextAfter(now);
+  const firstFrom = (ms: number) => (ms <= dueAt ? dueAt : find(ms - 1));
+  const newest = (end: number, limit: number) => newestBetween(firstFrom, find, dueAt, end, limit);
+  // Mostly it is the only one that is due, and what follows it is all there is to find.
+  const second = nextAfter(dueAt);
+  const find = second === undefined || second > now ? () => second : nextAfter;
+  const next = find(now);
   const [latest = dueAt] = newest(now + 1, 1);
   const maxLateness = maxLatenessMs ?? defaultMaxLatenessMs(next === undefined ? undefined : next - latest);
   const onTimeFrom = now - Math.min(ON_TIME_MS, maxLateness);
   // By default none older than the latest is in time, unless it is on time.
   const oldestInTime =
     maxLatenessMs === null ? Math.max(now - maxLateness, Math.min(latest, onTimeFrom)) : now - maxLateness;
-  const inTime = newest(now + 1, MAX_IN_TIME).filter((scheduledFor) => scheduledFor >= oldestInTime);
-  const [inTimeFrom = now + 1] = inTime;
+  const inTime = newestBetween(firstFrom, find, Math.max(dueAt, oldestInTime), now + 1, MAX_IN_TIME);
+  const [inTimeFrom = Math.max(dueAt, oldestInTime)] = inTime;
   const missed = newest(inTimeFrom, Math.max(maxListed, policy === 'fire_all' ? maxCatchUp : 1));
   const ticks = missed.map((scheduledFor, i): Tick => {
     const fromEnd = missed.length - i;
