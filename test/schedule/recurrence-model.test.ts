@@ -33,8 +33,11 @@ const changes = new Map<string, number[]>();
 function changesOf(zone: string): number[] {
   const days = changes.get(zone) ?? [];
   if (changes.has(zone)) return days;
+  let offset = shownAt(zone, FROM) - FROM;
   for (let at = FROM; at < UNTIL; at += DAY) {
-    if (shownAt(zone, at) - at !== shownAt(zone, at + DAY) - at - DAY) days.push(at - DAY);
+    const after = shownAt(zone, at + DAY) - at - DAY;
+    if (after !== offset) days.push(at - DAY);
+    offset = after;
   }
   changes.set(zone, days);
   return days;
@@ -204,9 +207,9 @@ describe('against a slow and obvious model', () => {
         }
         expect(found.nextGap(after)?.scheduledFor ?? until).toBeGreaterThanOrEqual(until);
       }),
-      { numRuns: 400 },
+      { numRuns: 300 },
     );
-  });
+  }, 300_000);
 
   test('intervals: every second of elapsed time, whatever the clocks do', () => {
     const unit = fc.constantFrom(['s', 1] as const, ['m', 60] as const, ['h', 3_600] as const);
@@ -243,5 +246,5 @@ describe('against a slow and obvious model', () => {
       ),
       { numRuns: 300 },
     );
-  });
+  }, 300_000);
 });
