@@ -1,3 +1,4 @@
+import { z } from 'zod';
 import type { Config } from '../config.ts';
 import type { Database, Tx } from '../db/database.ts';
 import type { Actor } from '../http/access.ts';
@@ -221,15 +222,16 @@ export function createMemory(deps: {
   };
 }
 
-interface Copy {
-  at: number;
-  hits: { key: string; score: number }[];
-}
+const copyShape = z.object({
+  at: z.number(),
+  hits: z.array(z.object({ key: z.string().regex(/^muster-[0-9a-f-]{36}$/), score: z.number() })),
+});
+type Copy = z.output<typeof copyShape>;
 
 async function readCopy(redis: RedisConnection | undefined, key: string): Promise<Copy | undefined> {
   try {
     const text = await redis?.read(key);
-    return text == null ? undefined : (JSON.parse(text) as Copy);
+    return text == null ? undefined : copyShape.parse(JSON.parse(text));
   } catch {
     return undefined; // Away, or something else under our key: Postgres knows.
   }

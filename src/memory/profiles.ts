@@ -21,6 +21,8 @@ export interface Profile {
     /** The path to a hit's score, and whether a low one is good. Without one, the order counts. */
     score?: string;
     distance?: boolean;
+    /** It answers prose instead when a part of it is out of order. */
+    orProse?: boolean;
     /** Hits that cannot be led back to what was stored: Muster then searches in Postgres. */
     unjoinable?: boolean;
   };
@@ -65,6 +67,7 @@ export const PROFILES: Readonly<Record<string, Profile>> = {
       args: { query: '{query}', limit: '{limit}', mode: 'planning', detail: 'full' },
       hits: 'results',
       score: 'vector_score',
+      orProse: true,
     },
     health: { tool: 'lifecycle_status', args: {} },
   },

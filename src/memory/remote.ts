@@ -76,7 +76,12 @@ export function createRemote(config: Config, onNoise: (text: string) => void = (
   return {
     profile,
     async store(memory) {
-      requireYes(await call(profile.store, valuesOf(memory), storeMs), profile);
+      try {
+        requireYes(await call(profile.store, valuesOf(memory), storeMs), profile);
+      } catch (error) {
+        // Some say it as an error that they have it already.
+        if (!(error instanceof LinkError && profile.duplicate?.test(error.message))) throw error;
+      }
     },
     search,
     has: async (memory) => (await missing([memory])).length === 0,
@@ -115,12 +120,12 @@ export function requireYes(answer: unknown, { duplicate }: Profile): void {
 }
 
 /** The hits of an answer, best first. Each is known by the key that we gave it, wherever in the hit that stands. */
-export function hitsOf(answer: unknown, { hits: path, score: scorePath, distance }: Profile['search']): Hit[] {
+export function hitsOf(answer: unknown, { hits: path, score: scorePath, distance, orProse }: Profile['search']): Hit[] {
   const list = path === undefined ? undefined : path.split('.').reduce(step, answer);
-  if (path !== undefined && !Array.isArray(list)) {
-    throw new LinkError(`The answer to a search has no list of ${path}.`);
-  }
-  const entries: unknown[] = Array.isArray(list) ? list : [...String(answer).matchAll(KEY)].map(([key]) => key);
+  const prose = path === undefined || (orProse === true && typeof answer === 'string');
+  if (!prose && !Array.isArray(list)) throw new LinkError(`The answer to a search has no list of ${path}.`);
+  const said = typeof answer === 'string' ? answer : JSON.stringify(answer ?? null);
+  const entries: unknown[] = Array.isArray(list) ? list : [...said.matchAll(KEY)].map(([key]) => key);
   const found = new Map<string, number>();
   entries.forEach((entry, i) => {
     const [key] = JSON.stringify(entry)?.match(KEY) ?? [];

@@ -4,6 +4,7 @@ import { afterEach, beforeEach, describe, expect, onTestFinished, test } from 'v
 import { readConfig } from '../../src/config.ts';
 import { reviveDead } from '../../src/memory/outbox.ts';
 import { createRemote } from '../../src/memory/remote.ts';
+import { canaryOf } from '../../src/memory/server.ts';
 import { type Fault, type MemoryServer, startMemoryServer } from '../support/memory-server.ts';
 import { haveRedis, redisOnPort } from '../support/redis.ts';
 import { startServer, type TestServer } from '../support/server.ts';
@@ -19,13 +20,17 @@ const env = (url: string, more: Record<string, string> = {}) => ({
   MEMORY_MCP_TRANSPORT: 'streamable-http',
   MEMORY_MCP_URL: url,
   MEMORY_MCP_PROFILE: 'memory-mcp-triple-system',
-  MEMORY_MCP_SEARCH_TIMEOUT_MS: '500',
-  MEMORY_MCP_STORE_TIMEOUT_MS: '500',
+  // Long enough for a server that is well on a machine that is not.
+  MEMORY_MCP_SEARCH_TIMEOUT_MS: '5000',
+  MEMORY_MCP_STORE_TIMEOUT_MS: '5000',
   MEMORY_MCP_HEALTH_INTERVAL_MS: '3600000',
   MEMORY_MCP_RESET_TIMEOUT_MS: '300',
   MEMORY_CAPTURE: 'none',
   ...more,
 });
+
+/** For servers that do not answer. */
+const IMPATIENT = { MEMORY_MCP_SEARCH_TIMEOUT_MS: '1500', MEMORY_MCP_STORE_TIMEOUT_MS: '1500' };
 
 async function begin(more: Record<string, string> = {}, fault: Fault = 'none') {
   remote = await startMemoryServer();
@@ -117,7 +122,7 @@ describe('a server that is well', () => {
 const FAULTS: Fault[] = ['hang', 'status-500', 'garbage', 'half', 'unauthorized', 'error-text', 'huge'];
 
 describe.each(FAULTS)('a server with the fault “%s”', (fault) => {
-  beforeEach(() => begin());
+  beforeEach(() => begin(fault === 'hang' ? IMPATIENT : {}));
 
   test('is left alone after the third failure; everything is served meanwhile, and arrives once when it is well', async () => {
     await store('The first memory, of apples.');
@@ -188,7 +193,7 @@ test('a server over plain REST gets the key in its own header, is left alone whi
 });
 
 test('what a server stored although it answered too late is not sent twice', async () => {
-  await begin();
+  await begin(IMPATIENT);
   remote.fault = 'slow';
   const answers = await Promise.all(['one plum', 'two plums', 'three plums'].map(store));
   expect(answers.map(({ body }) => body.status)).toEqual(['degraded', 'degraded', 'degraded']);
@@ -314,6 +319,19 @@ test.runIf(haveRedis())(
     expect(fresh).toMatchObject({ source: 'postgresql_fallback', degraded: true });
   },
 );
+
+test('a server that says as an error that it has a memory already is believed', async () => {
+  remote = await startMemoryServer();
+  const link = createRemote(readConfig(env(remote.url, { MEMORY_MCP_PROFILE: 'mcp-memory-service' }), '/'));
+  if (!link) throw new Error('There is no remote.');
+  const canary = canaryOf();
+  for (let i = 0; i < 2; i++) await link.store(canary);
+  expect(remote.kept.map(({ key }) => key)).toEqual([canary.key]);
+  remote.fault = 'error-text';
+  await expect(link.store(canaryOf())).resolves.toBeUndefined(); // It has the text.
+  await expect(link.store({ ...canary, content: 'another' })).rejects.toThrow(/broken/);
+  await link.close();
+});
 
 test('a change of the breaker is an event', async () => {
   await begin();

@@ -39,11 +39,12 @@ export interface MemoryServer {
   connections(): Promise<number>;
 }
 
-const SLOW_MS = 1_500;
+const SLOW_MS = 4_000;
 
 /**
- * A small memory server over Streamable HTTP with the tools of two profiles: server-memory (finds by key, one of a name) and
- * memory-mcp-triple-system (searches words, stores everything again that it gets again); the latter also over plain REST.
+ * A small memory server over Streamable HTTP with the tools of server-memory (finds by key, one of a name) and
+ * memory-mcp-triple-system (searches words, stores everything again that it gets again), the latter also over plain REST; and
+ * the store of mcp-memory-service, which says as an error that it has something already.
  */
 export async function startMemoryServer(): Promise<MemoryServer> {
   let sessions = new Map<string, StreamableHTTPServerTransport>();
@@ -90,6 +91,18 @@ export async function startMemoryServer(): Promise<MemoryServer> {
         server.calls.search++;
         const results = wordsIn(query, limit);
         return say({ results });
+      },
+    );
+    mcp.registerTool(
+      'store_memory',
+      { inputSchema: { content: z.string(), metadata: z.record(z.string(), z.unknown()) } },
+      async ({ content, metadata }) => {
+        if (server.kept.some(({ text }) => text === content)) {
+          const text = 'Duplicate content detected (exact match)';
+          return { isError: true, content: [{ type: 'text' as const, text }] };
+        }
+        await store(String(metadata['memory_id']), content, metadata);
+        return say({ success: true });
       },
     );
     mcp.registerTool('lifecycle_status', {}, async () => say({ ok: true }));
