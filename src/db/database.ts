@@ -38,7 +38,8 @@ const MAX_TRIES = 3;
 /** The SQLSTATE of an error of Postgres, also when an error of Drizzle is wrapped around it. */
 export function sqlState(error: unknown): string | undefined {
   for (let e = error; e instanceof Error; e = e.cause) {
-    if ('code' in e && typeof e.code === 'string' && /^[0-9A-Z]{5}$/.test(e.code)) return e.code;
+    // Each has a digit; EPIPE and EBUSY, which are of the system, have not.
+    if ('code' in e && typeof e.code === 'string' && /^(?=.*\d)[0-9A-Z]{5}$/.test(e.code)) return e.code;
   }
   return undefined;
 }
