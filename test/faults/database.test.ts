@@ -4,7 +4,7 @@ import { type Fleet, startFleet } from '../support/fleet.ts';
 import { checkHistory, newHistory, openDatabase } from '../support/history.ts';
 import { type OwnPostgres, ownPostgres } from '../support/own-postgres.ts';
 import { endPrograms, newFolder, removeFolder } from '../support/processes.ts';
-import { askForRuns, expectDoneOnce, rage } from '../support/storm.ts';
+import { askForRuns, expectDoneOnce, rage, stormSeconds } from '../support/storm.ts';
 import { unique, until } from '../support/work.ts';
 
 const LARGE = process.env['FAULTS'] === 'all';
@@ -104,7 +104,7 @@ test('Postgres is stopped, broken off and killed under ten writers: nothing that
 test.runIf(LARGE)(
   'agents, servers and Postgres are killed all the time: every run is done once',
   {
-    timeout: 600_000,
+    timeout: (60 + stormSeconds(RUNS)) * 1_000,
   },
   async () => {
     const fleet = await startFleet({ databaseUrl: postgres.url, folder, size: 2 });
@@ -116,7 +116,7 @@ test.runIf(LARGE)(
       await until(
         async () => crew?.taken ?? 0,
         (taken) => taken >= RUNS * share,
-        200,
+        stormSeconds(RUNS),
       );
       await postgres.end('SIGKILL');
       await new Promise((done) => setTimeout(done, 300));

@@ -43,6 +43,9 @@ export async function askForRuns(
   return history;
 }
 
+/** How long a storm over so many runs may take on a slow machine that has other things to do. */
+export const stormSeconds = (runs: number) => 120 + runs;
+
 /**
  * Kills an agent for every three runs that are done, and wakes those that stopped themselves once their lease is lost, until
  * every run that was asked for has been done. Answers how many were woken, and how many reports came too late and were refused.
@@ -71,7 +74,7 @@ export async function rage(crew: Crew, rows: Rows, history: History): Promise<{ 
           { done: 0 },
         ]),
       ([row]) => row?.done === history.tasks.size,
-      150,
+      stormSeconds(history.tasks.size),
     );
     // The last ones to wake have something to say yet.
     await until(
