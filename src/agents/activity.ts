@@ -2,7 +2,7 @@ import { and, eq, sql } from 'drizzle-orm';
 import { changedFields, recordAudit } from '../audit/record.ts';
 import type { Tx } from '../db/database.ts';
 import { agents, executions, tasks } from '../db/schema.ts';
-import { cut } from '../executions/executions.ts';
+import { cut } from '../executions/output.ts';
 import type { Execution } from '../executions/schemas.ts';
 import { settleEnd } from '../executions/settle.ts';
 import { type Actor, mayAccess } from '../http/access.ts';
@@ -105,6 +105,7 @@ async function end(
     outputText: output?.text ?? null,
     errorText: error?.text ?? null,
     outputTruncated: (output?.truncated ?? false) || (error?.truncated ?? false),
+    result: input.result,
     ...(input.duration_ms === undefined
       ? {}
       : { startedAt: sql`now() - ${input.duration_ms}::bigint * interval '1 millisecond'` }),

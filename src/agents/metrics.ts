@@ -40,6 +40,10 @@ const METRICS = {
         where agent_id = $1 and hour > now() - interval '25 hours') as last_day`,
 };
 
+/** Why a run that an agent had did not succeed: one that no agent took is nobody's. */
+type AgentCause = Exclude<(typeof EXECUTION_CAUSES)[number], 'queue_expired'>;
+const AGENT_CAUSES = EXECUTION_CAUSES.filter((cause): cause is AgentCause => cause !== 'queue_expired');
+
 export interface AgentMetrics {
   /** How many runs the success rate is made of: all that ended, but for those that were cancelled. */
   n: number;
@@ -48,7 +52,7 @@ export interface AgentMetrics {
   successRate: number | null;
   /** The 95 % interval of the success rate (Wilson 1927); null with no run. */
   confidence: { low: number; high: number } | null;
-  failures: Record<(typeof EXECUTION_CAUSES)[number], number>;
+  failures: Record<AgentCause, number>;
   averageMs: number | null;
   p50Ms: number | null;
   p95Ms: number | null;
@@ -67,8 +71,8 @@ export async function agentMetrics(q: Queryable, agentId: number, hours: number)
   }>({ ...METRICS, values: [agentId, hours] });
   const [row] = rows;
   if (!row) throw new Error('The metrics answered no row.');
-  const failures = Object.fromEntries(EXECUTION_CAUSES.map((cause) => [cause, row.outcomes[cause] ?? 0])) as Record<
-    (typeof EXECUTION_CAUSES)[number],
+  const failures = Object.fromEntries(AGENT_CAUSES.map((cause) => [cause, row.outcomes[cause] ?? 0])) as Record<
+    AgentCause,
     number
   >;
   const successes = row.outcomes['success'] ?? 0;

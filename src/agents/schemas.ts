@@ -1,6 +1,6 @@
 import { z } from 'zod';
 import { AGENT_STATUSES, AGENT_TYPES } from '../db/schema.ts';
-import { executionSummary } from '../executions/schemas.ts';
+import { executionSummary, jsonResult } from '../executions/schemas.ts';
 import { pageAnswer, pageQuery } from '../http/pagination.ts';
 import { booleanText, id, integerText, time, toTime } from '../http/validation.ts';
 import type { Agent } from './agents.ts';
@@ -90,6 +90,7 @@ export const activityBody = z
     }),
     output: z.string().optional(),
     error: z.string().optional(),
+    result: jsonResult.optional(),
     duration_ms: z.int().min(0).max(31_536_000_000).optional().meta({ description: 'How long it took, up to now.' }),
   })
   .meta({ examples: [{ agent_id: 1, task_id: 1, status: 'success', output: 'All tests pass.', duration_ms: 5300 }] });

@@ -29,6 +29,7 @@ export const ENTITY_TYPES = [
   'project',
   'agent',
   'execution',
+  'orphan_result',
   'memory',
   'user',
   'session',

@@ -167,6 +167,13 @@ const reference = (name: string) => bigint(name, { mode: 'number' });
 const createdAt = () => at('created_at').notNull().defaultNow();
 const updatedAt = () => at('updated_at').notNull().defaultNow();
 const version = () => integer('version').notNull().default(1);
+/**
+ * Any JSON value. Drizzle's own jsonb parses a string that it reads once more, which turns the text "5" into the number.
+ */
+const anyJson = customType<{ data: unknown; driverData: string }>({
+  dataType: () => 'jsonb',
+  toDriver: (value) => JSON.stringify(value),
+});
 const oneOf = (column: string, values: readonly string[]): SQL =>
   sql.raw(`${column} in (${values.map((value) => `'${value}'`).join(', ')})`);
 
@@ -469,7 +476,7 @@ export const executions = pgTable(
     /** How many characters of output were sent while it ran (execution_output). */
     streamedLength: integer('streamed_length').notNull().default(0),
     /** What it answered, as JSON. */
-    result: jsonb('result').$type<unknown>(),
+    result: anyJson('result'),
     createdAt: createdAt(),
   },
   (t) => [
@@ -539,7 +546,7 @@ export const orphanResults = pgTable(
     outputText: text('output_text'),
     errorText: text('error_text'),
     outputTruncated: boolean('output_truncated').notNull().default(false),
-    result: jsonb('result').$type<unknown>(),
+    result: anyJson('result'),
     /** The run that was made of it. */
     adoptedBy: reference('adopted_by'),
     createdAt: createdAt(),

@@ -1,6 +1,6 @@
-import { and, desc, eq, getTableColumns, gte, lt, type SQL, sql } from 'drizzle-orm';
+import { type AnyColumn, and, desc, eq, getTableColumns, gte, lt, type SQL, sql } from 'drizzle-orm';
 import { agentActivity } from '../agents/agent-events.ts';
-import { findAgent, lockAgents } from '../agents/agents.ts';
+import { findAgent } from '../agents/agents.ts';
 import { changedFields, recordAudit, recordAudits } from '../audit/record.ts';
 import type { Queryable, Tx } from '../db/database.ts';
 import { executions } from '../db/schema.ts';
@@ -10,22 +10,28 @@ import { conflict, notFound, Problem } from '../http/problem.ts';
 import { emitEvents } from '../realtime/events.ts';
 import { lockTasks } from '../tasks/locked-tasks.ts';
 import { type Task, type TaskFacts, taskStatusUpdate } from '../tasks/task-events.ts';
-import { DEADLINE_GRACE_SECONDS } from './lease.ts';
 import { QUEUE_TOPIC, queueDetail } from './queue.ts';
 import {
   ERROR_PREVIEW_CHARACTERS,
   type Execution,
   LISTED_PARAMS_BYTES,
-  MAX_OUTPUT_BYTES,
+  LISTED_RESULT_BYTES,
   PREVIEW_CHARACTERS,
 } from './schemas.ts';
 import { settleEnd } from './settle.ts';
 
-/** A run without its output, but with the end of it: what lists read. Of the error it has the end; large params are null. */
+/**
+ * A run without its output, but with the end of it: what lists read. Of the error it has the end; large params and results
+ * are null.
+ */
 export type ExecutionRow = Omit<Execution, 'outputText' | 'params'> & {
   params: Execution['params'] | null;
   outputPreview: string | null;
 };
+
+/** A result as lists have it: null when it is large. */
+export const smallResult = (result: AnyColumn) =>
+  sql<unknown>`case when octet_length(${result}::text) <= ${sql.raw(String(LISTED_RESULT_BYTES))} then ${result} end`;
 
 // Cut in the database, so that what is long never leaves it.
 const { outputText, ...columns } = getTableColumns(executions);
@@ -34,6 +40,7 @@ const summaryColumns = {
   params: sql<Execution['params'] | null>`
     case when octet_length(${columns.params}::text) <= ${sql.raw(String(LISTED_PARAMS_BYTES))} then ${columns.params} end`,
   errorText: sql<string | null>`right(${columns.errorText}, ${sql.raw(String(ERROR_PREVIEW_CHARACTERS))})`,
+  result: smallResult(columns.result),
   outputPreview: sql<string | null>`right(${outputText}, ${sql.raw(String(PREVIEW_CHARACTERS))})`,
 };
 
@@ -54,9 +61,11 @@ export async function enqueueExecution(
       params: input.params ?? task.params,
       priority: task.priority,
       timeoutSeconds: task.timeoutSeconds,
+      heartbeatTimeoutSeconds: task.heartbeatTimeoutSeconds,
       pinnedAgentId: task.agentId,
       requiredCapabilities: task.requiredCapabilities,
       availableAt: sql`now()`,
+      expiresAt: sql`now() + ${task.queueTtlSeconds}::int * interval '1 second'`,
     })
     .returning();
   if (!run) throw new Error('The insert answered no row.');
@@ -80,20 +89,23 @@ export async function enqueueExecution(
 }
 
 /**
- * Cancels the queued runs of tasks that the caller has locked, and answers how many. A run that an agent is taking at this
- * moment counts as taken.
+ * Cancels the queued runs of tasks that the caller has locked, or of those `only` some, and answers how many. A run that an
+ * agent is taking at this moment counts as taken.
  */
 export async function cancelQueuedExecutions(
   tx: Tx,
   actor: Actor | null,
   tasks: readonly TaskFacts[],
+  only: readonly number[] | null = null,
 ): Promise<number> {
   const { rows } = await tx.query<{ id: number; task_id: number }>({
     text: `
       update executions set status = 'cancelled', cause = 'cancelled', ended_at = now() where id in (
-        select id from executions where task_id = any($1::bigint[]) and status = 'queued' for update skip locked
+        select id from executions
+        where task_id = any($1::bigint[]) and status = 'queued' and ($2::bigint[] is null or id = any($2))
+        for update skip locked
       ) returning id, task_id`,
-    values: [tasks.map(({ id }) => id)],
+    values: [tasks.map(({ id }) => id), only],
   });
   const byId = new Map(tasks.map((task) => [task.id, task]));
   const cancelled = rows.flatMap(({ id, task_id: taskId }) => {
@@ -234,7 +246,7 @@ export async function getExecution(q: Queryable, actor: Actor, id: number): Prom
  * The owner rule for a run: it is its owner's, and that of the owner of the agent that holds it (a shared agent reports on
  * runs of others). Answers what locks are needed for it.
  */
-async function requireExecution(
+export async function requireExecution(
   q: Queryable,
   actor: Actor,
   id: number,
@@ -257,128 +269,6 @@ async function requireExecution(
     throw new Problem('forbidden', `The execution ${id} belongs to somebody else.`);
   }
   return { taskId: row.task_id, agentId: row.agent_id };
-}
-
-const staleLease = (id: number) =>
-  conflict(`The lease on execution ${id} is not yours any more: stop the work and claim again.`);
-
-/** Extends a lease and notes the progress; 409 when the lease is lost. Answers whether somebody wants the run cancelled. */
-export async function heartbeatExecution(
-  tx: Tx,
-  actor: Actor,
-  id: number,
-  beat: { leaseToken: string; progress?: Execution['progress'] | undefined; leaseSeconds: number },
-): Promise<{ cancelRequested: boolean; leaseExpiresAt: Date }> {
-  await requireExecution(tx, actor, id);
-  const { rows } = await tx.query<{
-    cancel_requested: boolean;
-    lease_expires_at: Date;
-    agent_id: number;
-    task_id: number;
-    user_id: number;
-    project_id: number | null;
-    skill_name: string;
-    task_status: Task['status'];
-    next_run_at: Date | null;
-  }>({
-    name: 'execution-heartbeat',
-    text: `
-      update executions e set
-        lease_expires_at = least(now() + $3::int * interval '1 second', e.deadline_at + $4::int * interval '1 second'),
-        progress = coalesce($5::jsonb, e.progress)
-      from tasks t
-      where e.id = $1 and e.lease_token = $2 and e.status = 'running' and t.id = e.task_id
-        and e.lease_expires_at > now()
-      returning e.cancel_requested, e.lease_expires_at, e.agent_id, e.task_id, e.user_id, t.project_id, e.skill_name,
-        t.status as task_status, t.next_run_at`,
-    values: [
-      id,
-      beat.leaseToken,
-      beat.leaseSeconds,
-      DEADLINE_GRACE_SECONDS,
-      beat.progress ? JSON.stringify(beat.progress) : null,
-    ],
-  });
-  const [run] = rows;
-  if (!run) throw staleLease(id);
-  if (beat.progress) {
-    emitEvents(tx, [
-      taskStatusUpdate(
-        {
-          id: run.task_id,
-          userId: run.user_id,
-          projectId: run.project_id,
-          skillName: run.skill_name,
-          status: run.task_status,
-          nextRunAt: run.next_run_at,
-        },
-        {
-          previousStatus: run.task_status,
-          executionId: id,
-          executionStatus: 'running',
-          agentId: run.agent_id,
-          progress: beat.progress,
-        },
-      ),
-    ]);
-  }
-  return { cancelRequested: run.cancel_requested, leaseExpiresAt: run.lease_expires_at };
-}
-
-/**
- * Ends a run as its agent reports it; 409 when the lease is lost, and then nothing changes. A failure after the deadline is
- * a timeout, and one after a cancel was asked for is a cancel. What is too long of the output is cut from its start.
- */
-export async function completeExecution(
-  tx: Tx,
-  actor: Actor,
-  id: number,
-  report: { leaseToken: string; status: 'success' | 'failed'; output?: string | undefined; error?: string | undefined },
-): Promise<Execution> {
-  const { taskId, agentId } = await requireExecution(tx, actor, id);
-  const agent = agentId === null ? undefined : (await lockAgents(tx, [agentId])).get(agentId);
-  const task = (await lockTasks(tx, [taskId])).get(taskId);
-  const output = cut(report.output);
-  const error = cut(report.error);
-  const failed = report.status === 'failed';
-  const [run] = await tx.orm
-    .update(executions)
-    .set({
-      status: failed
-        ? sql`case when cancel_requested then 'cancelled' when deadline_at <= now() then 'timeout' else 'failed' end`
-        : 'success',
-      cause: failed
-        ? sql`case when cancel_requested then 'cancelled' when deadline_at <= now() then 'run_timeout' else 'agent_failed' end`
-        : null,
-      endedAt: sql`now()`,
-      leaseToken: null,
-      leaseExpiresAt: null,
-      outputText: output?.text ?? null,
-      errorText: error?.text ?? null,
-      outputTruncated: (output?.truncated ?? false) || (error?.truncated ?? false),
-    })
-    .where(and(eq(executions.id, id), eq(executions.leaseToken, report.leaseToken), eq(executions.status, 'running')))
-    .returning();
-  if (!run || !task) throw staleLease(id);
-  recordAudit(tx, actor, {
-    operation: 'UPDATE',
-    entityType: 'execution',
-    entityId: id,
-    ownerId: run.userId,
-    changedFields: changedFields({ status: 'running' }, { status: run.status, cause: run.cause }),
-  });
-  await settleEnd(tx, task, agent, run);
-  return run;
-}
-
-/** The end of a text, at most MAX_OUTPUT_BYTES of UTF-8, cut between characters. */
-export function cut(text: string | undefined): { text: string; truncated: boolean } | undefined {
-  if (text === undefined) return undefined;
-  const bytes = Buffer.from(text, 'utf8');
-  if (bytes.length <= MAX_OUTPUT_BYTES) return { text, truncated: false };
-  let start = bytes.length - MAX_OUTPUT_BYTES;
-  while (((bytes[start] ?? 0) & 0b1100_0000) === 0b1000_0000) start++;
-  return { text: bytes.toString('utf8', start), truncated: true };
 }
 
 /**

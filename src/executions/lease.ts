@@ -14,9 +14,10 @@ import { settle } from './settle.ts';
 
 // Leases.
 //
-// A claim gives an agent a run until `lease_expires_at`, under a fencing token made for this one claim. Heartbeats move
-// the end; when it passes, the reaper (scheduler/reaper.ts) takes the run back. Whatever an agent says of a run is one
-// UPDATE that asks for `status = 'running'` and its token: who lost the lease matches no row and changes nothing.
+// A claim gives an agent a run until `lease_expires_at`, under a fencing token made for this one claim. It lasts as long as
+// the task says (heartbeat_timeout_seconds), else LEASE_SECONDS. Heartbeats move the end; when it passes, the reaper
+// (scheduler/reaper.ts) takes the run back. Whatever an agent says of a run is one UPDATE that asks for `status = 'running'`
+// and its token: who lost the lease matches no row and changes nothing. What it then reports is kept apart (orphans.ts).
 // A lease never outlasts the run's deadline by more than a grace, in which the agent may still say that it ran out of time.
 //
 // Locks are taken in one order everywhere, agent → task → run, and the rows of one kind by rising id. The exception is the
@@ -79,7 +80,8 @@ const claimStatement = (shared: boolean) => ({
       update executions e set
         status = 'running', agent_id = $1, lease_token = gen_random_uuid(), started_at = now(),
         deadline_at = now() + e.timeout_seconds * interval '1 second',
-        lease_expires_at = now() + least($7::int, e.timeout_seconds + $8::int) * interval '1 second'
+        lease_expires_at = now()
+          + least(coalesce(e.heartbeat_timeout_seconds, $7::int), e.timeout_seconds + $8::int) * interval '1 second'
       from picked where e.id = picked.id
       returning e.*
     ), locked as (

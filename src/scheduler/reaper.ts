@@ -1,8 +1,9 @@
-import { and, asc, eq, inArray, lt, sql } from 'drizzle-orm';
+import { and, asc, eq, inArray, lt, lte, sql } from 'drizzle-orm';
 import { lockAgents } from '../agents/agents.ts';
 import { changedFields, recordAudits } from '../audit/record.ts';
 import type { Database } from '../db/database.ts';
 import { executions } from '../db/schema.ts';
+import { keepStreamed } from '../executions/output.ts';
 import { settleEnd } from '../executions/settle.ts';
 import { lockTasks } from '../tasks/locked-tasks.ts';
 
@@ -42,6 +43,8 @@ export async function reapLeases(db: Database): Promise<number> {
           else 'The agent was not heard of until its lease was over.' end`,
         endedAt: sql`now()`,
         leaseToken: null,
+        // Who held it may still report, and is heard then (executions/orphans.ts).
+        lostToken: sql`lease_token`,
         leaseExpiresAt: null,
       })
       .where(
@@ -69,8 +72,72 @@ export async function reapLeases(db: Database): Promise<number> {
     for (const run of lost) {
       const task = tasks.get(run.taskId);
       const agent = run.agentId === null ? undefined : agents.get(run.agentId);
-      if (task) await settleEnd(tx, task, agent, run);
+      if (task) await settleEnd(tx, task, agent, await keepStreamed(tx, run));
     }
     return lost.length;
+  });
+}
+
+/**
+ * Ends the runs that no agent took in time, a batch at a time: cancelled, and whoever waits behind them has its turn. A run
+ * that waits for another one does not wait for an agent yet. Any number of processes may do so at once. Answers how many.
+ * Served by executions_expiry_idx.
+ */
+export async function endExpired(db: Database): Promise<number> {
+  return db.transaction(async (tx) => {
+    const expired = and(
+      eq(executions.status, 'queued'),
+      lte(executions.expiresAt, sql`now()`),
+      lte(executions.availableAt, sql`now()`),
+    );
+    // Found without locks, since locks go task → run (executions/lease.ts).
+    const found = await tx.orm
+      .select({ id: executions.id, taskId: executions.taskId })
+      .from(executions)
+      .where(expired)
+      .orderBy(asc(executions.expiresAt))
+      .limit(BATCH);
+    if (found.length === 0) return 0;
+    const tasks = await lockTasks(
+      tx,
+      found.map(({ taskId }) => taskId),
+    );
+    const ids = found.map(({ id }) => id);
+    const ended = await tx.orm
+      .update(executions)
+      .set({
+        status: 'cancelled',
+        cause: 'queue_expired',
+        errorText: sql`'No agent took it within ' || round(extract(epoch from expires_at - available_at)) || ' s.'`,
+        endedAt: sql`now()`,
+      })
+      .where(
+        inArray(
+          executions.id,
+          // Those that an agent is taking at this moment are its own.
+          tx.orm
+            .select({ id: executions.id })
+            .from(executions)
+            .where(and(inArray(executions.id, ids), expired))
+            .for('update', { skipLocked: true }),
+        ),
+      )
+      .returning();
+    recordAudits(
+      tx,
+      null,
+      ended.map((run) => ({
+        operation: 'UPDATE',
+        entityType: 'execution',
+        entityId: run.id,
+        ownerId: run.userId,
+        changedFields: changedFields({ status: 'queued' }, { status: run.status, cause: run.cause }),
+      })),
+    );
+    for (const run of ended) {
+      const task = tasks.get(run.taskId);
+      if (task) await settleEnd(tx, task, undefined, run);
+    }
+    return ended.length;
   });
 }

@@ -12,7 +12,7 @@ import { SCHEDULE_TOPIC } from '../tasks/next-times.ts';
 import { fireDue } from './fire.ts';
 import { markOverdue } from './overdue.ts';
 import { noteQuiet } from './quiet.ts';
-import { reapLeases } from './reaper.ts';
+import { endExpired, reapLeases } from './reaper.ts';
 import { retention } from './retention.ts';
 
 // The loops that make things happen without anybody asking. Every process runs them; the work is shared by row locks, so
@@ -65,7 +65,7 @@ export function startScheduler(deps: { db: Database; bus: Bus; logger: Logger; c
   const offRetry = bus.on(RETRY_TOPIC, () => offering.wake());
 
   const reaping = startLoop(log, async () => {
-    const reaped = await reapLeases(db);
+    const reaped = (await reapLeases(db)) + (await endExpired(db));
     const silent = await db.transaction((tx) => markSilentAgents(tx, config.AGENT_OFFLINE_AFTER_SECONDS));
     return reaped > 0 || silent > 0 ? 0 : REAP_EVERY_MS;
   });

@@ -13,6 +13,7 @@ export type TaskEvent =
   | 'run_failed_last'
   | 'scheduled'
   | 'paused'
+  | 'failed_too_often'
   | 'resumed'
   | 'resumed_running'
   | 'deleted';
@@ -31,10 +32,17 @@ export const TASK_TRANSITIONS: readonly (readonly [from: TaskStatus, event: Task
   // A run can end without having started: cancelled while it was queued.
   ['pending', 'run_succeeded_last', 'completed'],
   ['pending', 'run_failed_last', 'failed'],
+  // A result that came late and was adopted, or a success that an agent reports of its own accord.
+  ['failed', 'run_succeeded_last', 'completed'],
   ['completed', 'scheduled', 'pending'],
   ['failed', 'scheduled', 'pending'],
   ['pending', 'paused', 'disabled'],
   ['running', 'paused', 'disabled'],
+  // Whatever its last run left it as: it must not be started before somebody has looked.
+  ['pending', 'failed_too_often', 'disabled'],
+  ['running', 'failed_too_often', 'disabled'],
+  ['completed', 'failed_too_often', 'disabled'],
+  ['failed', 'failed_too_often', 'disabled'],
   ['disabled', 'resumed', 'pending'],
   ['disabled', 'resumed_running', 'running'],
   ['pending', 'deleted', 'deleted'],

@@ -67,7 +67,20 @@ beforeAll(async () => {
     text: `insert into occurrences (task_id, user_id, scheduled_for, verdict) values ($1, $2, now() - interval '1 day', 'fired')`,
     values: [task.id, victim.id],
   });
-  byNoun = { projects: project.id, tasks: task.id, agents: agent.id, executions: run.execution_id, 'api-keys': key.id };
+  await call('POST', `/executions/${run.execution_id}/output`, { lease_token: run.lease_token, text: CANARY });
+  const { rows: orphans } = await server.db.query<{ id: number }>({
+    text: `insert into orphan_results (execution_id, user_id, lease_token, status, output_text, error_text)
+      values ($1, $2, gen_random_uuid(), 'success', $3, $3) returning id`,
+    values: [run.execution_id, victim.id, CANARY],
+  });
+  byNoun = {
+    projects: project.id,
+    tasks: task.id,
+    agents: agent.id,
+    executions: run.execution_id,
+    'api-keys': key.id,
+    'orphan-results': orphans[0]?.id ?? 0,
+  };
   byField = {
     project_id: project.id,
     task_id: task.id,
@@ -151,10 +164,22 @@ async function victimHash(): Promise<string> {
     (n) => n === 0,
   );
   const parts = [
-    ...['projects', 'tasks', 'executions', 'agents', 'occurrences', 'api_keys', 'refresh_tokens', 'events'].map(
+    ...[
+      'projects',
+      'tasks',
+      'executions',
+      'orphan_results',
+      'agents',
+      'occurrences',
+      'api_keys',
+      'refresh_tokens',
+      'events',
+    ].map(
       (table) =>
         `select '${table}' as t, md5(string_agg(x::text, '|' order by x::text)) as h from ${table} x where user_id = $1`,
     ),
+    `select 'output', md5(string_agg(x::text, '|' order by x::text)) from execution_output x
+      where execution_id in (select id from executions where user_id = $1)`,
     `select 'users', md5(x::text) from users x where id = $1`,
     `select 'audit_log', md5(string_agg(x::text, '|' order by id)) from audit_log x where owner_id = $1`,
     `select 'agent_stats', md5(string_agg(x::text, '|' order by x::text)) from agent_stats_hourly x

@@ -1,4 +1,4 @@
-import type pg from 'pg';
+import pg from 'pg';
 import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest';
 import { startServer, type TestServer } from '../support/server.ts';
 
@@ -11,12 +11,16 @@ let user: Awaited<ReturnType<TestServer['newUser']>>;
 let agentId: number;
 let projectId: number;
 let taskId: number;
+let runId: number;
 
 beforeAll(async () => {
   server = await startServer();
   user = await server.newUser();
   const other = await server.newUser();
-  const run = (text: string, values: unknown[] = []) => server.db.pool.query(text, values);
+  // Not by the server's pool, whose statements must be quick.
+  const filler = new pg.Client({ connectionString: server.databaseUrl });
+  await filler.connect();
+  const run = (text: string, values: unknown[] = []) => filler.query(text, values);
   for (const owner of [user.id, other.id]) {
     await run(
       `insert into projects (user_id, name) select $1, 'project ' || md5(i::text) from generate_series(1, 12000) i`,
@@ -45,6 +49,19 @@ beforeAll(async () => {
          (select min(id) from agents where user_id = $1) + i % 1000, 'schedule', now(), 's', '{}', 1, 60,
          case when i % 500 = 0 then 'failed' else 'success' end, now(), now() - i * interval '1 second'
        from generate_series(1, ${ROWS}) i`,
+      [owner],
+    );
+    await run(
+      `insert into execution_output (execution_id, starts_at, length, text)
+       select (select min(id) from executions where user_id = $1) + i / 3, i % 3 * 4, 4, 'text'
+       from generate_series(0, ${ROWS} - 1) i`,
+      [owner],
+    );
+    await run(
+      `insert into orphan_results (execution_id, user_id, lease_token, status, created_at)
+       select (select min(id) from executions where user_id = $1) + i, $1, gen_random_uuid(), 'success',
+         now() - i * interval '1 second'
+       from generate_series(0, ${ROWS} - 1) i`,
       [owner],
     );
     await run(
@@ -83,12 +100,18 @@ beforeAll(async () => {
   // The vacuum, too: what a GIN index has not sorted in yet makes it look dear.
   await run('vacuum analyze tasks, projects, agents, memories');
   await run('analyze');
-  const { rows } = await server.db.pool.query<{ project: number; agent: number; task: number }>(
+  await filler.end();
+  const { rows } = await server.db.pool.query<{ project: number; agent: number; task: number; run: number }>(
     `select (select min(id) from projects where user_id = $1) as project, (select min(id) from agents where user_id = $1) as agent,
-       (select min(id) from tasks where user_id = $1) as task`,
+       (select min(id) from tasks where user_id = $1) as task, (select min(id) from executions where user_id = $1) as run`,
     [user.id],
   );
-  ({ project: projectId, agent: agentId, task: taskId } = rows[0] ?? { project: 0, agent: 0, task: 0 });
+  ({
+    project: projectId,
+    agent: agentId,
+    task: taskId,
+    run: runId,
+  } = rows[0] ?? { project: 0, agent: 0, task: 0, run: 0 });
 });
 afterAll(() => server?.stop());
 
@@ -100,8 +123,9 @@ async function statementsOf(act: () => Promise<{ status: number }>): Promise<{ t
     return query.mock.calls.flatMap(([first, second]) => {
       const { text, values } = first as unknown as pg.QueryConfig;
       const sent = { text, values: (values ?? (second as unknown as unknown[] | undefined) ?? []) as unknown[] };
-      return /\b(tasks|projects|agents|executions|occurrences|audit_log|agent_stats_hourly|memories)\b/.test(text) &&
-        /^\s*(select|with)/i.test(text)
+      return /\b(tasks|projects|agents|executions|occurrences|audit_log|agent_stats_hourly|memories|orphan_results|execution_output)\b/.test(
+        text,
+      ) && /^\s*(select|with)/i.test(text)
         ? [sent]
         : [];
     });
@@ -165,6 +189,10 @@ describe('an index serves', () => {
     ['runs of a task', () => `/executions?task_id=${taskId}`],
     ['runs of an agent', () => `/executions?agent_id=${agentId}`],
     ['runs that failed', () => '/executions?total=false&status=failed'],
+    ['late results', () => '/orphan-results?total=false'],
+    ['late results that wait', () => '/orphan-results?total=false&adopted=false'],
+    ['late results of a run', () => `/executions/${runId}/orphan-results`],
+    ['the output of a run', () => `/executions/${runId}/output`],
     ['agents', () => '/agents?total=false'],
     ['agents by capability', () => '/agents?capabilities=c7,c8'],
     ['agents by all capabilities', () => '/agents?capabilities=c7,c8&match=all'],

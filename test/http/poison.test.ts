@@ -42,7 +42,18 @@ beforeAll(async () => {
   const agent = await makeAgent(user.call);
   const task = await makeTask(user.call, { schedule_cron: '0 0 1 1 *' });
   const run = (await user.call('POST', `/tasks/${task.id}/run`)).body;
-  ids = { projects: project.id, agents: agent.id, tasks: task.id, executions: run.id };
+  const { rows: orphans } = await server.db.query<{ id: number }>({
+    text: `insert into orphan_results (execution_id, user_id, lease_token, status)
+      values ($1, $2, gen_random_uuid(), 'success') returning id`,
+    values: [run.id, user.id],
+  });
+  ids = {
+    projects: project.id,
+    agents: agent.id,
+    tasks: task.id,
+    executions: run.id,
+    'orphan-results': orphans[0]?.id ?? 0,
+  };
 });
 afterAll(async () => {
   process.off('unhandledRejection', listen);
