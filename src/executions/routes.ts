@@ -2,9 +2,12 @@ import type { App, Deps } from '../http/app.ts';
 import { answerOnce, idempotencyHeaders } from '../http/idempotency.ts';
 import { conflict } from '../http/problem.ts';
 import { idParams, toTime } from '../http/validation.ts';
+import { runTaskBody } from '../tasks/schemas.ts';
+import { bulkExecutions, bulkRunsAnswer, bulkRunsBody } from './bulk.ts';
 import { cancelExecution, getExecution, listExecutions } from './executions.ts';
 import { adoptOrphan, listOrphans } from './orphans.ts';
 import { appendOutput, readOutput } from './output.ts';
+import { replayExecution } from './replay.ts';
 import { completeExecution, heartbeatExecution } from './reports.ts';
 import {
   completeBody,
@@ -12,6 +15,7 @@ import {
   executionDetailView,
   executionList,
   executionQuery,
+  executionSummary,
   executionSummaryView,
   heartbeatAnswer,
   heartbeatBody,
@@ -28,6 +32,7 @@ import {
 export function executionRoutes(app: App, { db, config }: Deps): void {
   const tags = ['executions'];
   const read = { access: { rule: 'owner', scopes: ['read'] }, limit: 'activity' } as const;
+  const write = { access: { rule: 'owner', scopes: ['write'] }, limit: 'activity' } as const;
   const report = { access: { rule: 'owner', scopes: ['agent'] }, limit: 'activity' } as const;
 
   app.get(
@@ -218,10 +223,53 @@ export function executionRoutes(app: App, { db, config }: Deps): void {
   app.post(
     '/executions/:id/cancel',
     {
-      config: { access: { rule: 'owner', scopes: ['write'] }, limit: 'activity' },
+      config: write,
       schema: { tags, summary: 'Cancel a run', params: idParams, response: { 200: executionDetail } },
     },
     async (request) =>
       executionDetailView(await db.transaction((tx) => cancelExecution(tx, request.actor, request.params.id))),
+  );
+
+  app.post(
+    '/executions/:id/replay',
+    {
+      config: write,
+      schema: {
+        tags,
+        summary: 'Run again what a run was',
+        description:
+          'Queues a run with the skill and the params of one that has ended, for the same tick; what its task has become since plays no part. It waits for no other run.',
+        params: idParams,
+        headers: idempotencyHeaders,
+        body: runTaskBody,
+        response: { 202: executionSummary },
+      },
+    },
+    (request, reply) =>
+      answerOnce(db, request, reply, async (tx) => {
+        const run = await replayExecution(tx, request.actor, request.params.id, request.body?.params);
+        const headers = { location: `/api/v1/executions/${run.id}` };
+        return { status: 202, headers, body: executionSummaryView({ ...run, outputPreview: null }) };
+      }),
+  );
+
+  app.post(
+    '/executions/bulk',
+    {
+      config: write,
+      schema: {
+        tags,
+        summary: 'Cancel or replay many runs',
+        description: 'In one transaction. The answer says of each run what became of it; `dry_run` what would.',
+        headers: idempotencyHeaders,
+        body: bulkRunsBody,
+        response: { 200: bulkRunsAnswer },
+      },
+    },
+    (request, reply) =>
+      answerOnce(db, request, reply, async (tx) => ({
+        status: 200,
+        body: await bulkExecutions(tx, request.actor, request.body),
+      })),
   );
 }

@@ -6,6 +6,7 @@ import { etag, ifMatchHeaders, versions } from '../http/etag.ts';
 import { answerOnce, idempotencyHeaders } from '../http/idempotency.ts';
 import { Problem } from '../http/problem.ts';
 import { idParams, toTime } from '../http/validation.ts';
+import { backfillAnswer, backfillBody, backfillTask } from './backfill.ts';
 import { bulkAnswer, bulkBody, bulkTasks } from './bulk.ts';
 import { calendar } from './calendar.ts';
 import {
@@ -166,6 +167,28 @@ export function taskRoutes(app: App, { db }: Deps): void {
         const headers = { location: `/api/v1/executions/${run.id}` };
         return { status: 202, headers, body: executionSummaryView({ ...run, outputPreview: null }) };
       }),
+  );
+
+  app.post(
+    '/tasks/:id/backfill',
+    {
+      config: write,
+      schema: {
+        tags,
+        summary: 'Make up for ticks of the past',
+        description:
+          'Queues a run for each tick of the schedule from `from` to before `to` that has none which is open or succeeded, 1,000 at the most; of paused tasks too. With `overlap_policy` `allow` they are offered at once, else one after the other. With `dry_run` the answer is a 200 that says what would happen.',
+        params: idParams,
+        headers: idempotencyHeaders,
+        body: backfillBody,
+        response: { 200: backfillAnswer, 202: backfillAnswer },
+      },
+    },
+    (request, reply) =>
+      answerOnce(db, request, reply, async (tx) => ({
+        status: request.body.dry_run ? 200 : 202,
+        body: await backfillTask(tx, request.actor, request.params.id, request.body),
+      })),
   );
 
   app.post(
