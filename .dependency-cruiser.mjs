@@ -1,5 +1,5 @@
 // Who may import whom, read from the built files: this tool does not see the modules of TypeScript 7.
-const NOUNS = 'auth|tasks|executions|projects|agents|memory|audit|realtime|health|scheduler';
+const NOUNS = 'auth|tasks|executions|projects|agents|memory|audit|realtime|health|scheduler|schedule-file';
 
 export default {
   forbidden: [

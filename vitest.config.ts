@@ -18,6 +18,7 @@ export default defineConfig({
         'src/write-openapi.ts',
         'src/auth/create-admin.ts',
         'src/audit/audit-verify.ts',
+        'src/schedule-file/schedule-sync.ts',
         'src/runner/agent.ts',
         'src/runner/watch.ts',
         'src/platform/stop-signals.ts',

@@ -1,4 +1,4 @@
-import { and, arrayContains, arrayOverlaps, eq, or, type SQL, sql } from 'drizzle-orm';
+import { and, arrayContains, arrayOverlaps, eq, inArray, isNull, or, type SQL, sql } from 'drizzle-orm';
 import type { Queryable } from '../db/database.ts';
 import { agents } from '../db/schema.ts';
 import { type Actor, ownedBy, requireAccess } from '../http/access.ts';
@@ -53,4 +53,13 @@ export async function listAgents(q: Queryable, actor: Actor, query: AgentQuery):
     },
     count: (where: SQL | undefined) => q.orm.$count(agents, where),
   });
+}
+
+/** The agents that may run tasks of these owners, by id: theirs and the shared ones. Served by agents_owner_name_key and agents_shared_idx. */
+export async function findAgentsFor(q: Queryable, ownerIds: readonly number[]): Promise<Agent[]> {
+  return q.orm
+    .select()
+    .from(agents)
+    .where(and(isNull(agents.deletedAt), or(inArray(agents.userId, [...ownerIds]), sql`${agents.shared}`)))
+    .orderBy(agents.id);
 }

@@ -1,4 +1,4 @@
-import { eq } from 'drizzle-orm';
+import { eq, inArray, or } from 'drizzle-orm';
 import { changedFields, recordAudit } from '../audit/record.ts';
 import type { Queryable, Tx } from '../db/database.ts';
 import { users } from '../db/schema.ts';
@@ -43,4 +43,12 @@ export async function findUserByEmail(q: Queryable, email: string): Promise<User
 export async function findUser(q: Queryable, id: number): Promise<User | undefined> {
   const [user] = await q.orm.select().from(users).where(eq(users.id, id));
   return user;
+}
+
+/** The users of these addresses (in lower case) or ids. */
+export async function findUsers(q: Queryable, emails: readonly string[], ids: readonly number[]): Promise<User[]> {
+  return q.orm
+    .select()
+    .from(users)
+    .where(or(inArray(users.email, [...emails]), inArray(users.id, [...ids])));
 }

@@ -1,6 +1,6 @@
 import { isUtf8 } from 'node:buffer';
 import fastJsonStringify from 'fast-json-stringify';
-import type { FastifyInstance, FastifyRequest } from 'fastify';
+import type { FastifyInstance } from 'fastify';
 import { z } from 'zod';
 import { type FieldError, Problem } from './problem.ts';
 
@@ -114,7 +114,11 @@ export function validateWithZod(app: FastifyInstance): void {
   });
 
   app.addHook('preValidation', async (request) => {
-    guard(request);
+    guardInput([
+      [request.params, 'path'],
+      [request.query, 'query'],
+      [request.body, 'body'],
+    ]);
     // A route that declares no body refuses every field of one. Not by a schema, which would tell of a body in the document.
     if (request.body === undefined || request.is404 || request.routeOptions.schema?.body !== undefined) return;
     const parsed = noBody.safeParse(request.body);
@@ -126,16 +130,21 @@ const noBody = z.strictObject({});
 
 function validationProblem(error: z.ZodError, part: string): Problem {
   const place = part === 'querystring' ? 'query' : part === 'params' ? 'path' : part;
-  const errors: FieldError[] = error.issues.flatMap((issue) => {
+  const errors = fieldErrors(error, place);
+  const [first] = errors;
+  const more = errors.length > 1 ? ` (and ${errors.length - 1} more)` : '';
+  return new Problem('invalid-request', `${first?.path} ${first?.message}${more}.`, { errors });
+}
+
+/** What zod found, in our words; paths begin with `place`. */
+export function fieldErrors(error: z.ZodError, place: string): FieldError[] {
+  return error.issues.flatMap((issue) => {
     const path = [place, ...issue.path.map(String)].join('.');
     if (issue.code === 'unrecognized_keys') {
       return issue.keys.map((key) => ({ path: `${path}.${key.slice(0, 64)}`, message: 'is not a known field' }));
     }
     return [{ path, message: message(issue) }];
   });
-  const [first] = errors;
-  const more = errors.length > 1 ? ` (and ${errors.length - 1} more)` : '';
-  return new Problem('invalid-request', `${first?.path} ${first?.message}${more}.`, { errors });
 }
 
 function message(issue: z.core.$ZodIssue): string {
@@ -149,17 +158,13 @@ function message(issue: z.core.$ZodIssue): string {
 const lower = (text: string) => text.charAt(0).toLowerCase() + text.slice(1);
 
 /**
- * Refuses, before any validation, what no field may hold: U+0000 and lone surrogates (Postgres stores neither, or
+ * Refuses by a 400, before any validation, what no field may hold: U+0000 and lone surrogates (Postgres stores neither, or
  * changes it silently), numbers that are not finite (1e400 parses to Infinity), and nesting or key counts that make
  * later recursion fail. It walks with a stack of its own, since a recursion is what deep nesting would break.
  */
-function guard(request: FastifyRequest): void {
+export function guardInput(parts: readonly (readonly [value: unknown, place: string])[]): void {
   let keys = 0;
-  const stack: [value: unknown, path: string, depth: number][] = [
-    [request.params, 'path', 0],
-    [request.query, 'query', 0],
-    [request.body, 'body', 0],
-  ];
+  const stack: [value: unknown, path: string, depth: number][] = parts.map(([value, place]) => [value, place, 0]);
   const refuse = (path: string, text: string): never => {
     const shown = path.length > 200 ? `${path.slice(0, 200).toWellFormed().replaceAll('\0', '\\0')}…` : path;
     throw new Problem('invalid-request', `${shown} ${text}.`, { errors: [{ path: shown, message: text }] });

@@ -15,4 +15,6 @@ export const LOCKS = {
   firstAdmin: [NAMESPACE, 4],
   /** Held, by its transaction, while entries of the audit log get their places in its chains. */
   auditSeal: [NAMESPACE, 5],
+  /** Held, by its transaction, while a schedule file is applied. */
+  scheduleFile: [NAMESPACE, 6],
 } as const satisfies Record<string, readonly [number, number]>;
