@@ -47,9 +47,11 @@ export function editFile(file: ScheduleFile, edits: readonly Edit[], defaultOwne
 }
 
 // An anchor that was edited away makes it throw.
-function textOf({ document }: ScheduleFile): string {
+function textOf({ document, text }: ScheduleFile): string {
+  // {as: here} or { as: here }, whichever the file does, so that nothing changes but what is edited.
+  const flowCollectionPadding = !/[{[][^\s{}[\]]/.test(text);
   try {
-    return document.toString({ lineWidth: 0 });
+    return document.toString({ lineWidth: 0, flowCollectionPadding });
   } catch (error) {
     throw new StartupError(`The file cannot be written, since it uses anchors: ${(error as Error).message}`);
   }

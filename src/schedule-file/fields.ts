@@ -1,5 +1,4 @@
 import { z } from 'zod';
-import { registerBody } from '../auth/schemas.ts';
 import { type FieldError, Problem } from '../http/problem.ts';
 import { fieldErrors, guardInput, id } from '../http/validation.ts';
 import { type CreateTask, createTaskBody, taskView, type UpdateTask, updateTaskBody } from '../tasks/schemas.ts';
@@ -33,12 +32,19 @@ const BODY_FIELDS = Object.keys(createTaskBody.shape);
 const fileName = (wire: string) => SHORT_NAMES[wire] ?? wire;
 const wireName = (field: string) => WIRE_NAMES[field] ?? field;
 
+/** Who owns a task. Looser than what may register: the first admin of the embedded mode is admin@localhost. */
+export const ownerEmail = z
+  .string()
+  .max(254)
+  .regex(/^[^\s@]+@[^\s@]+$/, { error: 'must be an email address' })
+  .toLowerCase();
+
 /** A project or an agent: by its name, or by its id where several have one. */
 const reference = z.union([z.string().trim().min(1).max(255), id], { error: 'must be a name or an id' });
 
 /** What the body of a task does not have, or has by id. */
 const head = z.object({
-  owner: registerBody.shape.email.optional(),
+  owner: ownerEmail.optional(),
   adopt: id.nullable().default(null),
   status: z.enum(['active', 'paused'], { error: 'must be active or paused' }).default('active'),
   project: reference.nullable().default(null),

@@ -23,6 +23,7 @@ export interface Fault {
 
 /** A file that was read. */
 export interface ScheduleFile {
+  text: string;
   document: Document;
   entries: Entry[];
   faults: Fault[];
@@ -80,7 +81,7 @@ export function parseFile(text: string, defaultOwner?: string): ScheduleFile {
     where: '',
     message: code === 'DUPLICATE_KEY' ? 'this key stands twice in its map: remove one of them' : message,
   }));
-  const file: ScheduleFile = { document, entries: [], faults, lineOf };
+  const file: ScheduleFile = { text, document, entries: [], faults, lineOf };
   if (document.errors.every(({ code }) => code === 'DUPLICATE_KEY')) readEntries(file, lineAt, defaultOwner);
   faults.sort((a, b) => (a.line ?? 0) - (b.line ?? 0));
   return file;

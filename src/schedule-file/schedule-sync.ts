@@ -1,5 +1,4 @@
 import { parseArgs } from 'node:util';
-import { registerBody } from '../auth/schemas.ts';
 import { readConfig } from '../config.ts';
 import { CommitUnknownError, createDatabase, sqlState } from '../db/database.ts';
 import { silentBus } from '../platform/bus.ts';
@@ -7,6 +6,7 @@ import { withConfiguredDatabase } from '../platform/configured-database.ts';
 import { createLogger } from '../platform/logger.ts';
 import { createPool } from '../platform/postgres.ts';
 import { StartupError } from '../platform/startup-error.ts';
+import { ownerEmail } from './fields.ts';
 import { applyFile, EXIT, exportFile, planFile, type SyncOptions } from './sync.ts';
 
 // npm run schedule:sync -- [plan | apply | export] [--file schedule_config.yml] [--owner ada@example.com]
@@ -47,7 +47,7 @@ function readArguments(): { verb: keyof typeof VERBS; options: SyncOptions } {
   if (prefer !== undefined && prefer !== 'file' && prefer !== 'database') throw refuse('--prefer is file or database');
   if (prune && verb === 'export') throw refuse('--prune goes with plan and apply');
   if (all && (verb !== 'export' || values.owner === undefined)) throw refuse('--all goes with export and --owner');
-  const owner = registerBody.shape.email.optional().safeParse(values.owner);
+  const owner = ownerEmail.optional().safeParse(values.owner);
   if (!owner.success) throw refuse('--owner must be an email address');
   return { verb, options: { file, owner: owner.data, prefer, prune, all } };
 }

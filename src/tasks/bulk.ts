@@ -140,7 +140,7 @@ async function apply(
       return { result: runs.length > 0 ? 'changed' : 'unchanged' };
     }
     const { version: before } = await lockTask(tx, actor, id);
-    const { version: after } = await (action === 'pause' ? pauseTask(tx, actor, id, null) : resumeTask(tx, actor, id));
+    const { version: after } = await (action === 'pause' ? pauseTask(tx, actor, id) : resumeTask(tx, actor, id));
     return { result: after === before ? 'unchanged' : 'changed' };
   } catch (error) {
     // Thrown before anything of the task was written: the others go on.

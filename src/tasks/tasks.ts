@@ -216,7 +216,7 @@ export async function runTask(
  * or under way goes on. A paused task gets the new end of its pause. Throws a 409 for a task that has ended and so has
  * nothing to pause, a 400 for an end that has passed.
  */
-export async function pauseTask(tx: Tx, actor: Actor, id: number, until: Date | null): Promise<Task> {
+export async function pauseTask(tx: Tx, actor: Actor, id: number, until: Date | null = null): Promise<Task> {
   const before = await lockTask(tx, actor, id);
   const now = until === null ? null : await databaseNow(tx);
   if (until && now && until <= now) throw invalid('body.until', 'must lie in the future');

@@ -37,7 +37,7 @@ schedules:
     starts_at: 2027-01-01T01:00:00+01:00
   __proto__: {skill: deploy, run_at: '2099-01-01T03:00:00Z', adopt: 12}
 `,
-    'bob@example.com',
+    'admin@localhost',
   );
   expect(faults).toEqual([]);
   expect(entries).toEqual([
@@ -59,7 +59,7 @@ schedules:
     },
     {
       key: '__proto__',
-      owner: 'bob@example.com',
+      owner: 'admin@localhost',
       adopt: 12,
       fields: { ...DEFAULTS, skill: 'deploy', run_at: '2099-01-01T03:00:00.000Z' },
     },
@@ -178,6 +178,12 @@ test('an edit keeps comments, the order, and what it does not touch', () => {
   expect(text).toBe(
     `${COMMENTED.replace("'0 9 * * mon' #", '"@weekly" #')}    priority: high\n  deploy:\n    owner: ada@example.com\n    adopt: 4\n    name: yes\n    skill: deploy\n    params:\n      long: ${'word '.repeat(60).trim()}\n`,
   );
+  for (const flow of ['{to: [a, b]}', '{ to: [ a, b ] }']) {
+    const narrow = `version: 1\nschedules:\n  b:\n    owner: ada@example.com\n    skill: x\n    params: ${flow}\n`;
+    expect(editFile(parseFile(narrow), [{ kind: 'set', key: 'b', field: 'skill', from: 'x', to: 'y' }])).toBe(
+      narrow.replace('skill: x', 'skill: y'),
+    );
+  }
   expect(editFile(parseFile(COMMENTED), [{ kind: 'remove', key: 'nightly' }])).toBe(
     COMMENTED.slice(0, COMMENTED.indexOf('\n  nightly')),
   );
@@ -198,7 +204,7 @@ schedules:
   expect(set('a', 'priority', 'high')).toThrow(/The entry b cannot be written by itself, since it uses an anchor/);
   expect(set('b', 'priority', 'high')).toThrow(/The entry b cannot be written/);
   expect(set('a', 'params', { n: 2 })).toThrow(/anchor/i);
-  expect(set('c', 'params', { n: 2 })()).toContain('params: { n: 2 }');
+  expect(set('c', 'params', { n: 2 })()).toContain('params: {n: 2}');
 });
 
 test('writing keeps the mode and a link, and leaves nothing else behind', async () => {

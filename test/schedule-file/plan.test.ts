@@ -82,7 +82,7 @@ test('a plan that was applied leaves the next one nothing to do', () => {
       expect(hasConflicts(next)).toBe(false);
       expect(changing(next)).toEqual([]);
     }),
-    { numRuns: 2_000 },
+    { numRuns: 1_000 },
   );
 });
 
@@ -108,7 +108,7 @@ test('without a word of prefer no change of either side is lost', () => {
       const deleted = known.filter((task) => task.deleted).map(({ key }) => key);
       for (const step of steps) if (step.kind === 'create') expect(deleted).not.toContain(step.entry.key);
     }),
-    { numRuns: 2_000 },
+    { numRuns: 1_000 },
   );
 });
 
