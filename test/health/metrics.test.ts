@@ -1,4 +1,4 @@
-import { afterEach, describe, expect, test } from 'vitest';
+import { afterEach, describe, expect, test, vi } from 'vitest';
 import { type MemoryServer, startMemoryServer } from '../support/memory-server.ts';
 import { createTestDatabase } from '../support/postgres.ts';
 import { type Answer, startServer, type TestServer } from '../support/server.ts';
@@ -6,6 +6,8 @@ import { createTcpProxy } from '../support/tcp-proxy.ts';
 import { makeAgent, makeTask, unique, until } from '../support/work.ts';
 
 // GET /metrics: what Prometheus reads. A sample is asked for by its name and labels as they stand in the text.
+
+vi.setConfig({ testTimeout: 200_000 });
 
 let server: TestServer;
 const closers: (() => unknown)[] = [];

@@ -238,7 +238,8 @@ describe('who is nobody', () => {
     const open = routes.filter(({ access }) => access.rule === 'public').map(named);
     expect(
       open.filter(
-        (route) => !/health|liveness|readiness|openapi\.json|auth\/(register|login|refresh|logout)$/.test(route),
+        (route) =>
+          !/health|metrics$|liveness|readiness|openapi\.json|auth\/(register|login|refresh|logout)$/.test(route),
       ),
     ).toEqual([]);
   });

@@ -151,7 +151,9 @@ describe.each(FAULTS)('a server with the fault “%s”', (fault) => {
   });
 });
 
-test('an answer without the server says since when that has been away, and null of one that never answered', async () => {
+test('an answer without the server says since when that has been away, and null of one that never answered', {
+  timeout: 200_000,
+}, async () => {
   await begin({}, 'status-500');
   await store('The first memory, of apples.');
   expect((await search('apples')).body).toMatchObject({ degraded: true, age_seconds: null, results: [{}] });
@@ -203,7 +205,9 @@ test('what a server stored although it answered too late is not sent twice', asy
   expect(keys()).toHaveLength(3);
 });
 
-describe('a server that says that it stored and did not is found out, and gets everything again', () => {
+describe('a server that says that it stored and did not is found out, and gets everything again', {
+  timeout: 200_000,
+}, () => {
   test('while it goes on to lie, and when it is well', async () => {
     await begin({ MEMORY_MCP_PROFILE: 'server-memory', MEMORY_MCP_HEALTH_INTERVAL_MS: '200' });
     await store('kept');
