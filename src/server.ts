@@ -6,6 +6,7 @@ import { agentRoutes } from './agents/routes.ts';
 import { auditRoutes } from './audit/routes.ts';
 import { credentials } from './auth/credentials.ts';
 import { authRoutes } from './auth/routes.ts';
+import { limitRoutes } from './executions/limit-routes.ts';
 import { executionRoutes } from './executions/routes.ts';
 import { createMetrics, type Metrics } from './health/metrics.ts';
 import { healthRoutes } from './health/routes.ts';
@@ -110,6 +111,7 @@ export async function buildServer(
       projectRoutes(api, all);
       taskRoutes(api, all);
       executionRoutes(api, all);
+      limitRoutes(api, all);
       agentRoutes(api, all);
       memoryRoutes(api, all);
       auditRoutes(api, all);

@@ -267,6 +267,7 @@ export function agentRoutes(app: App, deps: Deps & { drain: Drain; feed: Feed; m
       drain.signal.addEventListener('abort', end);
       let claimed: Claimed[] = [];
       let closed = false;
+      let outrun = false;
       let gone = false;
       const giveBack = async () => {
         if (claimed.length === 0) return;
@@ -286,9 +287,14 @@ export function agentRoutes(app: App, deps: Deps & { drain: Drain; feed: Feed; m
       });
       const waiter = waitForWork(bus, agent.shared ? null : agent.userId, skills);
       try {
-        while (!drain.signal.aborted && !gone) {
-          ({ claimed, closed } = await db.transaction((tx) => claimExecutions(tx, request.actor, agent.id, wish)));
-          if (claimed.length > 0 || closed || ended.signal.aborted) break;
+        for (let lost = 0; !drain.signal.aborted && !gone; ) {
+          ({ claimed, closed, outrun } = await db.transaction((tx) =>
+            claimExecutions(tx, request.actor, agent.id, wish),
+          ));
+          if (claimed.length > 0 || closed) break;
+          if (outrun && ++lost < CLAIM_TRIES) continue;
+          if (ended.signal.aborted) break;
+          lost = 0;
           await waiter.next(ended.signal);
         }
       } finally {
@@ -301,6 +307,9 @@ export function agentRoutes(app: App, deps: Deps & { drain: Drain; feed: Feed; m
     },
   );
 }
+
+/** How often a claim that others outran is tried in a row. */
+const CLAIM_TRIES = 4;
 
 /** How long the answer to a report waits for its event to get its place. */
 const TOLD_WITHIN_MS = 500;

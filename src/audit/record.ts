@@ -30,6 +30,7 @@ export const ENTITY_TYPES = [
   'agent',
   'execution',
   'orphan_result',
+  'concurrency_limit',
   'memory',
   'user',
   'session',

@@ -9,6 +9,7 @@ import { emitEvents } from '../realtime/events.ts';
 import { lockTasks } from '../tasks/locked-tasks.ts';
 import { taskStatusUpdate } from '../tasks/task-events.ts';
 import type { TaskStatus } from '../tasks/task-state.ts';
+import { LOCK_AGENT, LOCK_OWNERS, PICK_OF_ALL, PICK_OF_FREE_OWNER, PICK_OF_LIMITED_OWNER } from './pick.ts';
 import { QUEUE_TOPIC, queueDetail } from './queue.ts';
 import { settle } from './settle.ts';
 
@@ -20,8 +21,10 @@ import { settle } from './settle.ts';
 // and its token: who lost the lease matches no row and changes nothing. What it then reports is kept apart (orphans.ts).
 // A lease never outlasts the run's deadline by more than a grace, in which the agent may still say that it ran out of time.
 //
-// Locks are taken in one order everywhere, agent → task → run, and the rows of one kind by rising id. The exception is the
-// claim, which holds queued runs when it comes to their tasks; whoever else wants queued runs takes them with SKIP LOCKED.
+// Locks are taken in one order everywhere, agent → claims of an owner → limits → task → run, and those of one kind by rising
+// id. The exception is the claim, which holds queued runs when it comes to their tasks; whoever else wants queued runs takes
+// them with SKIP LOCKED. The claims of an owner (pick.ts) are locked by claims and by who changes limits, who wants nothing
+// after the limits.
 
 /** How long after its deadline an agent may still report. */
 export const DEADLINE_GRACE_SECONDS = 10;
@@ -55,28 +58,10 @@ interface ClaimedRow {
   task_status: TaskStatus;
 }
 
-/**
- * What an agent may take: queued, due, of its owner (any owner's, for shared agents), of a skill it asks for, not pinned to
- * another agent, and asking for no capability that it lacks. Highest priority first, then whoever waits longest.
- * Served by executions_owner_queue_idx, or executions_queue_idx for shared agents. A millisecond of slack, since
- * timestamptz(3) rounds up.
- */
-const claimStatement = (shared: boolean) => ({
-  name: shared ? 'claim-shared' : 'claim-own',
-  text: `
-    with free as (
-      select greatest(0, $4::int - count(*))::int as slots from executions where agent_id = $1 and status = 'running'
-    ), picked as (
-      select e.id from executions e
-      where e.status = 'queued' and e.available_at <= now() + interval '1 millisecond'
-        ${shared ? 'and $2::bigint is not null' : 'and e.user_id = $2'}
-        and ($5::text[] is null or e.skill_name = any($5))
-        and (e.pinned_agent_id is null or e.pinned_agent_id = $1)
-        and e.required_capabilities <@ $6::text[]
-      order by e.priority desc, e.available_at, e.id
-      limit least($3::int, (select slots from free))
-      for update skip locked
-    ), taken as (
+/** A claim of the runs that `pick` finds (pick.ts). */
+const claimStatement = (name: string, pick: string) => ({
+  name,
+  text: `${pick}, taken as (
       update executions e set
         status = 'running', agent_id = $1, lease_token = gen_random_uuid(), started_at = now(),
         deadline_at = now() + e.timeout_seconds * interval '1 second',
@@ -103,42 +88,33 @@ const claimStatement = (shared: boolean) => ({
     order by taken.priority desc, taken.available_at, taken.id`,
 });
 const agentOf = rowsOf(agents);
-const CLAIM_OWN = claimStatement(false);
-const CLAIM_SHARED = claimStatement(true);
+const CLAIM_OF_FREE_OWNER = claimStatement('claim-own', PICK_OF_FREE_OWNER);
+const CLAIM_OF_LIMITED_OWNER = claimStatement('claim-own-limited', PICK_OF_LIMITED_OWNER);
+const CLAIM_OF_ALL = claimStatement('claim-shared', PICK_OF_ALL);
 
-/** Locks the agent for a claim: claims of one agent take turns, so that none sees too many free slots. */
-const LOCK_AGENT = {
-  name: 'claim-lock-agent',
-  text: 'select * from agents where id = $1 and deleted_at is null for no key update',
-};
+/** What an agent asks for. */
+interface Wish {
+  max: number;
+  skills?: readonly string[] | undefined;
+  leaseSeconds: number;
+}
 
 /**
- * Leases up to `max` runs to an agent, as many as its max_concurrency leaves free, by what the registry says of it now; none
- * when there are none. `closed` says that there will be none: it drains, or was removed.
+ * Leases up to `max` runs to an agent, as many as its max_concurrency and the limits of their owners leave free, by what the
+ * registry says of it now; none when there are none. `closed` says that there will be none: it drains, or was removed;
+ * `outrun` that there were some, and others took them first: another transaction may have more luck.
  */
 export async function claimExecutions(
   tx: Tx,
   actor: Actor,
   agentId: number,
-  wish: { max: number; skills?: readonly string[] | undefined; leaseSeconds: number },
-): Promise<{ claimed: Claimed[]; closed: boolean }> {
-  const locked = await tx.query({ ...LOCK_AGENT, values: [agentId] });
+  wish: Wish,
+): Promise<{ claimed: Claimed[]; closed: boolean; outrun: boolean }> {
+  const locked = await tx.query<Record<string, unknown> & { limited: boolean }>({ ...LOCK_AGENT, values: [agentId] });
   const agent = locked.rows[0] && agentOf(locked.rows[0]);
-  if (!agent || agent.draining) return { claimed: [], closed: true };
-  const { rows } = await tx.query<ClaimedRow>({
-    ...(agent.shared ? CLAIM_SHARED : CLAIM_OWN),
-    values: [
-      agent.id,
-      agent.userId,
-      wish.max,
-      agent.maxConcurrency,
-      wish.skills ?? null,
-      agent.capabilities,
-      wish.leaseSeconds,
-      DEADLINE_GRACE_SECONDS,
-    ],
-  });
-  if (rows.length === 0) return { claimed: [], closed: false };
+  if (!agent || agent.draining) return { claimed: [], closed: true, outrun: false };
+  const { rows, outrun } = await take(tx, agent, locked.rows[0]?.limited ?? false, wish);
+  if (rows.length === 0) return { claimed: [], closed: false, outrun };
   recordTaking(tx, actor, rows, { status: 'queued', agentId: null }, { status: 'running', agentId });
   emitEvents(
     tx,
@@ -173,7 +149,36 @@ export async function claimExecutions(
     leaseExpiresAt: row.lease_expires_at,
     timeoutSeconds: row.timeout_seconds,
   }));
-  return { claimed, closed: false };
+  return { claimed, closed: false, outrun: false };
+}
+
+/** Takes the runs themselves. `limited` says that the owner of some of them may have limits. */
+async function take(
+  tx: Tx,
+  agent: Agent,
+  limited: boolean,
+  wish: Wish,
+): Promise<{ rows: ClaimedRow[]; outrun: boolean }> {
+  const { max, skills = null, leaseSeconds } = wish;
+  const from = agent.shared ? Math.random() : agent.userId;
+  const asked = (left: number) => [agent.id, from, left, agent.maxConcurrency, skills, agent.capabilities];
+  let held: number[] = [];
+  if (agent.shared && limited) {
+    const owners = await tx.query<{ user_id: number }>({ ...LOCK_OWNERS, values: asked(max) });
+    held = owners.rows.map(({ user_id }) => user_id);
+  }
+  const statement = agent.shared ? CLAIM_OF_ALL : limited ? CLAIM_OF_LIMITED_OWNER : CLAIM_OF_FREE_OWNER;
+  const rows: ClaimedRow[] = [];
+  for (;;) {
+    const taken = await tx.query<ClaimedRow>({
+      ...statement,
+      values: [...asked(max - rows.length), leaseSeconds, DEADLINE_GRACE_SECONDS, ...(agent.shared ? [held] : [])],
+    });
+    rows.push(...taken.rows);
+    // A skill that has come to its limit may have stood before others.
+    if (!limited || taken.rows.length === 0 || rows.length === max) break;
+  }
+  return { rows, outrun: rows.length === 0 && held.length > 0 };
 }
 
 /**

@@ -11,9 +11,9 @@ export const RETRY_TOPIC = 'retry';
 
 const LOOK_ANYWAY_MS = 2_000;
 
-/** Whose queue got a run, and for which skill. */
-export function queueDetail(run: { userId: number; skillName: string }): string {
-  return `${run.userId}:${run.skillName}`;
+/** Whose queue got a run, or may move on, and for which skill; null: any. */
+export function queueDetail({ userId, skillName }: { userId: number; skillName: string | null }): string {
+  return `${userId}:${skillName ?? ''}`;
 }
 
 export interface QueueWaiter {
@@ -32,7 +32,8 @@ export function waitForWork(bus: Bus, owner: number | null, skills: readonly str
     if (detail !== undefined) {
       const split = detail.indexOf(':');
       if (owner !== null && Number(detail.slice(0, split)) !== owner) return;
-      if (wanted && !wanted.has(detail.slice(split + 1))) return;
+      const skill = detail.slice(split + 1);
+      if (wanted && skill !== '' && !wanted.has(skill)) return;
     }
     pending = true;
     wake?.();

@@ -18,7 +18,10 @@ import { durationMs, type Execution } from './schemas.ts';
 // does (its last success, its failures in a row, perhaps a pause), the events.
 // Callers hold the locks of the agent and the task, in that order (see lease.ts), and have ended the run.
 
-/** What is still open around a run that has ended. Served by executions_task_open_idx and executions_agent_running_idx. */
+/**
+ * What is still open around a run that has ended, and, when it counted towards limits of its owner, for which skill they leave
+ * another one free ('' for any). Served by executions_task_open_idx, executions_agent_running_idx and concurrency_limits_key.
+ */
 const AROUND = {
   name: 'settle-around',
   text: `
@@ -26,7 +29,9 @@ const AROUND = {
       count(*) filter (where status = 'running')::int as running,
       count(*) filter (where status = 'queued' and available_at is not null)::int as ready,
       min(id) filter (where status = 'queued' and available_at is null) as waiting,
-      (select count(*)::int from executions where agent_id = $2 and status = 'running') as agent_running
+      (select count(*)::int from executions where agent_id = $2 and status = 'running') as agent_running,
+      (select min(coalesce(skill_name, '')) from concurrency_limits
+        where user_id = $3 and coalesce(skill_name, '') in ('', $4)) as freed
     from executions where task_id = $1 and status in ('queued', 'running')`,
 };
 
@@ -147,11 +152,14 @@ export async function settle(
   fire?: FireEnd,
 ): Promise<NewEvent[]> {
   const previousStatus = task.status;
-  const { rows } = await tx.query<{ running: number; ready: number; waiting: number | null; agent_running: number }>({
-    ...AROUND,
-    values: [task.id, agent?.id ?? null],
-  });
-  const around = rows[0] ?? { running: 0, ready: 0, waiting: null, agent_running: 0 };
+  const { rows } = await tx.query<{
+    running: number;
+    ready: number;
+    waiting: number | null;
+    agent_running: number;
+    freed: string | null;
+  }>({ ...AROUND, values: [task.id, agent?.id ?? null, task.userId, run.skillName] });
+  const around = rows[0] ?? { running: 0, ready: 0, waiting: null, agent_running: 0, freed: null };
 
   // The run that waits longest gets its turn when no other one is before it.
   const released = around.running + around.ready === 0 ? around.waiting : null;
@@ -184,6 +192,9 @@ export async function settle(
   });
   // A run waits behind others of its own task: same owner, same skill, unless the task's was changed since.
   if (released !== null) tx.ring(QUEUE_TOPIC);
+  else if (around.freed !== null) {
+    tx.ring(QUEUE_TOPIC, queueDetail({ userId: task.userId, skillName: around.freed || null }));
+  }
 
   const events = [
     taskStatusUpdate(task, {

@@ -18,3 +18,6 @@ export const LOCKS = {
   /** Held, by its transaction, while a schedule file is applied. */
   scheduleFile: [NAMESPACE, 6],
 } as const satisfies Record<string, readonly [number, number]>;
+
+/** The first number of the locks that claims of runs take, by owner, until their transaction ends. */
+export const CLAIM_LOCKS = 0x4d757375;

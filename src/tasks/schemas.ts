@@ -23,7 +23,8 @@ const LISTED_STATUSES = TASK_STATUSES.filter((status) => status !== 'deleted');
 /** What a task can be sorted by. */
 export const TASK_SORTS = ['created_at', 'next_run_at', 'updated_at', 'status', 'priority'] as const;
 
-const skillName = z
+/** The name of a skill in a body. */
+export const skillName = z
   .string()
   .regex(/^[a-zA-Z0-9_-]{1,255}$/, { error: 'must be 1 to 255 letters, digits, _ or -' })
   .meta({ description: 'What an agent must be able to do to take a run of it.' });

@@ -73,6 +73,7 @@ beforeAll(async () => {
       values ($1, $2, gen_random_uuid(), 'success', $3, $3) returning id`,
     values: [run.execution_id, victim.id, CANARY],
   });
+  const limit = (await call('PUT', '/concurrency-limits', { skill_name: CANARY, max_running: 9 })).body;
   byNoun = {
     projects: project.id,
     tasks: task.id,
@@ -80,6 +81,7 @@ beforeAll(async () => {
     executions: run.execution_id,
     'api-keys': key.id,
     'orphan-results': orphans[0]?.id ?? 0,
+    'concurrency-limits': limit.id,
   };
   byField = {
     project_id: project.id,
@@ -174,6 +176,7 @@ async function victimHash(): Promise<string> {
       'api_keys',
       'refresh_tokens',
       'events',
+      'concurrency_limits',
     ].map(
       (table) =>
         `select '${table}' as t, md5(string_agg(x::text, '|' order by x::text)) as h from ${table} x where user_id = $1`,

@@ -53,6 +53,7 @@ async function fill(call: Caller, userId: number): Promise<number> {
   for (let i = 0; i < 3; i++) {
     await call('POST', '/auth/api-keys', { name: `key ${i}` });
     await makeAgent(call);
+    await call('PUT', '/concurrency-limits', { skill_name: `skill-${i}`, max_running: 9 });
     const project = (await call('POST', '/projects', { name: `project ${i}` })).body;
     if (i < 2) for (let n = 0; n < 3; n++) await makeTask(call, { project_id: project.id });
   }

@@ -84,6 +84,10 @@ beforeAll(async () => {
     );
   }
   await run(
+    `insert into concurrency_limits (user_id, skill_name, max_running)
+     select u.id, 's' || i, 1 from users u, generate_series(1, 100) i`,
+  );
+  await run(
     `insert into memories (user_id, project_id, task_id, intent, content, tags, delivered_at)
      select $1, (select min(id) from projects where user_id = $1) + i % 1000,
        (select min(id) from tasks where user_id = $1) + i % 1000, 'analysis',
@@ -123,7 +127,7 @@ async function statementsOf(act: () => Promise<{ status: number }>): Promise<{ t
     return query.mock.calls.flatMap(([first, second]) => {
       const { text, values } = first as unknown as pg.QueryConfig;
       const sent = { text, values: (values ?? (second as unknown as unknown[] | undefined) ?? []) as unknown[] };
-      return /\b(tasks|projects|agents|executions|occurrences|audit_log|agent_stats_hourly|memories|orphan_results|execution_output)\b/.test(
+      return /\b(tasks|projects|agents|executions|occurrences|audit_log|agent_stats_hourly|memories|orphan_results|execution_output|concurrency_limits)\b/.test(
         text,
       ) && /^\s*(select|with)/i.test(text)
         ? [sent]
@@ -197,6 +201,7 @@ describe('an index serves', () => {
     ['agents by capability', () => '/agents?capabilities=c7,c8'],
     ['agents by all capabilities', () => '/agents?capabilities=c7,c8&match=all'],
     ['one agent with its metrics', () => `/agents/${agentId}`],
+    ['concurrency limits', () => '/concurrency-limits?total=false'],
     ['the calendar', () => `/calendar?from=${inDays(-1)}&to=${inDays(3)}`],
     ['the history of a task', () => `/tasks/${taskId}/history?related=true`],
     ['the memory of a project', () => `/projects/${projectId}/memory`],
@@ -216,6 +221,7 @@ describe('an index serves', () => {
     '/projects?total=false',
     '/executions?total=false',
     '/agents?total=false',
+    '/concurrency-limits?total=false',
     '/audit?total=false',
   ])('an admin who lists everything: %s', async (path) => {
     await expectIndexes(() => server.admin('GET', path));

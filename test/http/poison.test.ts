@@ -47,7 +47,9 @@ beforeAll(async () => {
       values ($1, $2, gen_random_uuid(), 'success') returning id`,
     values: [run.id, user.id],
   });
+  const limit = (await user.call('PUT', '/concurrency-limits', { max_running: 9 })).body;
   ids = {
+    'concurrency-limits': limit.id,
     projects: project.id,
     agents: agent.id,
     tasks: task.id,
