@@ -94,26 +94,28 @@ export const PICK_OF_FREE_OWNER = `
       for update skip locked
     )`;
 
+/** The order is the index's, so that no other index with the owner in front, which holds the history too, will do. */
+const next = (where: string) => `
+        select e.user_id from executions e where e.status = 'queued' ${where}
+        order by e.user_id, e.priority desc nulls last, e.available_at, e.id limit 1`;
 /**
  * The owners with queued runs, one by one, since an index knows no "next other value"; from a random place on ($2, 0 to 1),
  * so that none is left out for ever where there are too many. Served by executions_owner_queue_idx.
  */
 const OWNERS_WITH_QUEUE = `
-    start as materialized (
-      select floor($2::float8 * max(user_id))::bigint as user_id from executions where status = 'queued'
+    last as (
+      select e.user_id from executions e where e.status = 'queued'
+      order by e.user_id desc, e.priority nulls first, e.available_at desc, e.id desc limit 1
+    ), start as materialized (
+      select floor($2::float8 * user_id)::bigint as user_id from last
     ), later as (
-      (select e.user_id from executions e
-        where e.status = 'queued' and e.user_id >= (select user_id from start) order by e.user_id limit 1)
+      (${next('and e.user_id >= (select user_id from start)')})
       union all
-      select (select e.user_id from executions e where e.status = 'queued' and e.user_id > o.user_id
-        order by e.user_id limit 1)
-      from later o where o.user_id is not null
+      select (${next('and e.user_id > o.user_id')}) from later o where o.user_id is not null
     ), earlier as (
-      (select e.user_id from executions e where e.status = 'queued' order by e.user_id limit 1)
+      (${next('')})
       union all
-      select (select e.user_id from executions e where e.status = 'queued' and e.user_id > o.user_id
-        order by e.user_id limit 1)
-      from earlier o where o.user_id < (select user_id from start)
+      select (${next('and e.user_id > o.user_id')}) from earlier o where o.user_id < (select user_id from start)
     ), owners as materialized (
       select user_id from (
         select user_id from later

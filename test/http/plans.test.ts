@@ -83,6 +83,7 @@ beforeAll(async () => {
       [owner],
     );
   }
+  await run(`insert into users (email) select 'owner-' || i || '@example.com' from generate_series(1, 200) i`);
   await run(
     `insert into concurrency_limits (user_id, skill_name, max_running)
      select u.id, 's' || i, 1 from users u, generate_series(1, 100) i`,
