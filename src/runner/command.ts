@@ -13,13 +13,22 @@ export interface Run {
   timeout_seconds: number;
 }
 
+/** How a command ended. */
+export interface CommandEnd {
+  /** Undefined for success, else a sentence's worth of why. */
+  failure: string | undefined;
+  /** It said by its exit code that it would fail again. */
+  hopeless: boolean;
+}
+
 export interface RunningCommand {
-  /** How it ended: undefined for success, else a sentence's worth of why. */
-  ended: Promise<string | undefined>;
+  ended: Promise<CommandEnd>;
   /** Asks the whole process group to end, and ends it after `graceMs`. */
   stop(graceMs: number): void;
 }
 
+/** Exit codes of sysexits.h that say that a second try would end as the first did: EX_DATAERR, EX_CONFIG. */
+const HOPELESS_CODES = [65, 78];
 const OUTPUT_AFTER_EXIT_MS = 1_000;
 const groups = new Set<number>();
 
@@ -68,16 +77,17 @@ export function startCommand(
   };
 }
 
-function endOf(child: ChildProcess): Promise<string | undefined> {
+function endOf(child: ChildProcess): Promise<CommandEnd> {
   return new Promise((resolve) => {
-    child.once('error', (error) => resolve(`could not be started: ${error.message}`));
+    child.once('error', (error) => resolve({ failure: `could not be started: ${error.message}`, hopeless: false }));
     child.once('exit', (code, signal) => {
-      const why = signal ? `killed by ${signal}` : code === 0 ? undefined : `exit code ${code}`;
+      const failure = signal ? `killed by ${signal}` : code === 0 ? undefined : `exit code ${code}`;
+      const end = { failure, hopeless: code !== null && HOPELESS_CODES.includes(code) };
       // Its output may still be on the way; but what it left in the background may hold the pipes for ever.
-      const late = setTimeout(() => resolve(why), OUTPUT_AFTER_EXIT_MS);
+      const late = setTimeout(() => resolve(end), OUTPUT_AFTER_EXIT_MS);
       child.once('close', () => {
         clearTimeout(late);
-        resolve(why);
+        resolve(end);
       });
     });
   });

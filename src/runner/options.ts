@@ -53,7 +53,9 @@ export const AGENT_HELP = `Runs local commands for the due runs of a Muster serv
 A command gets the run's params as JSON on standard input and in MUSTER_PARAMS, each plain one also as
 MUSTER_PARAM_<NAME>, and MUSTER_EXECUTION_ID, MUSTER_TASK_ID, MUSTER_SKILL, MUSTER_ATTEMPT, MUSTER_SCHEDULED_FOR.
 What it prints is the run's output; its last line is shown as progress, and a line "::progress 40 halfway" sets
-the percentage. Exit code 0 is success. It runs in a process group of its own, which is stopped as a whole.`;
+the percentage. The output is sent while it runs. Exit code 0 is success; 65 (bad input) and 78 (bad configuration)
+say that it would fail again, so that there is no retry; 75 (try later) and every other one are tried again as the
+task allows. It runs in a process group of its own, which is stopped as a whole.`;
 
 export const WATCH_HELP = `Prints the events of a Muster server as they happen.
 

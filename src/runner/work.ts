@@ -2,6 +2,7 @@ import { type Api, ApiError, createApi, pause, pauseAfter } from './api.ts';
 import { type Run, startCommand } from './command.ts';
 import type { AgentOptions } from './options.ts';
 import { createProgressReader, createTail, type Progress } from './output.ts';
+import { streamOutput } from './stream.ts';
 
 // An agent's work: register, then claim, run, report, over and over.
 //
@@ -20,6 +21,9 @@ const LAST_CLAIM_MS = 1_000;
 const OUTPUT_BYTES = 1_048_576;
 const ERROR_BYTES = 4_096;
 const PROGRESS_EVERY_MS = 1_000;
+const OUTPUT_EVERY_MS = 1_000;
+/** With more commands at once each sends its output less often, or they would reach the server's rate limit together. */
+const RUNS_AT_FULL_PACE = 4;
 const MAX_BEAT_MS = 5_000;
 const MIN_BEAT_MS = 250;
 
@@ -182,11 +186,14 @@ async function handle(
   const output = createTail(OUTPUT_BYTES);
   const errors = createTail(ERROR_BYTES);
   const progress = createProgressReader();
+  const pace = Math.max(1, options.concurrency / RUNS_AT_FULL_PACE);
+  const sent = streamOutput(api, run, OUTPUT_EVERY_MS * pace);
   let changed = false;
   let why: string | undefined;
   let lost = false;
   const running = startCommand(command, run, (chunk, stream) => {
     output.add(chunk);
+    sent.add(chunk, stream);
     if (stream === 'stderr') errors.add(chunk);
     progress.add(chunk);
     changed = true;
@@ -229,15 +236,17 @@ async function handle(
     }
   })();
 
-  const failure = await running.ended;
+  const { failure, hopeless } = await running.ended;
   clearTimeout(timeout);
   stopping.removeEventListener('abort', onStopping);
   const cause = why ?? failure;
+  const streamed = await sent.finish();
   if (!lost) {
     const report = {
       lease_token: run.lease_token,
       status: cause === undefined ? 'success' : 'failed',
-      output: output.text(),
+      ...(streamed ? {} : { output: output.text() }),
+      ...(hopeless && why === undefined ? { non_retryable: true } : {}),
       ...(cause === undefined ? {} : { error: [cause, errors.text().trim()].filter(Boolean).join('\n') }),
     };
     lost = !(await deliver(api, run, report, stopping, tell, label));

@@ -1,9 +1,12 @@
 import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
+import { type Api, ApiError } from '../../src/runner/api.ts';
 import { commandEnvironment } from '../../src/runner/command.ts';
 import { describeEvent } from '../../src/runner/describe-event.ts';
 import { readAgentOptions, readWatchOptions } from '../../src/runner/options.ts';
 import { createProgressReader, createTail } from '../../src/runner/output.ts';
+import { streamOutput } from '../../src/runner/stream.ts';
+import { until } from '../support/work.ts';
 
 describe('the tail of an output', () => {
   test('is the end of what was added, at most so many bytes, and never begins inside a character', () => {
@@ -45,6 +48,90 @@ describe('progress', () => {
     const reader = createProgressReader();
     reader.add(Buffer.from('::progress 400 x\n'));
     expect(reader.current()).toEqual({ message: '::progress 400 x' });
+  });
+});
+
+describe('the stream of an output', () => {
+  const run = {
+    execution_id: 1,
+    task_id: 2,
+    skill_name: 's',
+    params: {},
+    attempt: 1,
+    scheduled_for: 't',
+    lease_token: 'l',
+    lease_expires_at: 't',
+    timeout_seconds: 1,
+  };
+  /** A server that keeps pieces as ours does; `answer` says what becomes of the answer to the n-th. */
+  function fakeServer(answer: (n: number) => Error | undefined = () => undefined, most = Number.POSITIVE_INFINITY) {
+    let kept: string[] = [];
+    let calls = 0;
+    const api: Api = {
+      async post<T>(path: string, body: unknown) {
+        const { text, offset } = body as { text: string; offset: number };
+        expect(path).toBe('/executions/1/output');
+        expect(text.isWellFormed()).toBe(true);
+        if (offset > kept.length) throw new ApiError(409, 'a gap', undefined);
+        if (offset === kept.length) kept = [...kept, ...text];
+        const failure = answer(calls++);
+        if (failure) throw failure;
+        return { body: { next_offset: kept.length, truncated: kept.length > most } as T, date: new Date() };
+      },
+      insist: () => Promise.reject(new Error('Pieces are not insisted on.')),
+    };
+    return { api, text: () => kept.join(''), calls: () => calls };
+  }
+  const large = '€😀'.repeat(8_000);
+
+  test('a short one is left to the report', async () => {
+    const server = fakeServer();
+    const stream = streamOutput(server.api, run, 1_000);
+    stream.add(Buffer.from('short'), 'stdout');
+    expect(await stream.finish()).toBe(false);
+    expect(server.calls()).toBe(0);
+  });
+
+  test('a long one arrives whole, whatever its pieces cut, and so does its rest', async () => {
+    const server = fakeServer();
+    const stream = streamOutput(server.api, run, 1_000);
+    const bytes = Buffer.from(large);
+    for (let at = 0; at < bytes.length; at += 997) stream.add(bytes.subarray(at, at + 997), 'stdout');
+    await until(
+      async () => server.text(),
+      (text) => text !== '',
+    );
+    stream.add(Buffer.from('a\0b'), 'stderr');
+    expect(await stream.finish()).toBe(true);
+    expect(server.text()).toBe(`${large}a\u{fffd}b`);
+  });
+
+  test('a piece whose answer was lost is sent again from where it began', async () => {
+    const server = fakeServer((n) => (n === 0 ? new Error('ECONNRESET') : undefined));
+    const stream = streamOutput(server.api, run, 1_000);
+    stream.add(Buffer.from(large), 'stdout');
+    await until(
+      async () => server.calls(),
+      (calls) => calls > 1,
+    );
+    stream.add(Buffer.from('end'), 'stdout');
+    expect(await stream.finish()).toBe(true);
+    expect(server.text()).toBe(`${large}end`);
+  });
+
+  test.each([
+    ['the server is away at the end', fakeServer(() => new ApiError(503, 'away', undefined))],
+    ['the server refuses it', fakeServer(() => new ApiError(404, 'no such call', undefined))],
+    ['it is more than the server keeps', fakeServer(undefined, 10)],
+  ])('the report carries it when %s', async (_what, server) => {
+    const stream = streamOutput(server.api, run, 1_000);
+    stream.add(Buffer.from(large), 'stdout');
+    await until(
+      async () => server.calls(),
+      (calls) => calls > 0,
+    );
+    stream.add(Buffer.from('end'), 'stdout');
+    expect(await stream.finish()).toBe(false);
   });
 });
 

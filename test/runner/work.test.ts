@@ -1,3 +1,6 @@
+import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
 import { ApiError, createApi, pauseAfter } from '../../src/runner/api.ts';
 import { describeEvent } from '../../src/runner/describe-event.ts';
@@ -10,8 +13,10 @@ import { makeTask, unique, until } from '../support/work.ts';
 
 let server: TestServer;
 const agents: Agent[] = [];
+let folder: string;
 beforeAll(async () => {
   server = await startServer({ env: { LEASE_SECONDS: '3' } });
+  folder = await mkdtemp(join(tmpdir(), 'muster-work-'));
 });
 afterEach(async () => {
   for (const agent of agents.splice(0)) {
@@ -20,7 +25,10 @@ afterEach(async () => {
     await agent.done.catch(() => {});
   }
 });
-afterAll(() => server?.stop());
+afterAll(async () => {
+  await server?.stop();
+  await rm(folder, { recursive: true, force: true });
+});
 
 function start(commands: Record<string, string>, options: Partial<AgentOptions> = {}) {
   const said: string[] = [];
@@ -109,6 +117,31 @@ describe('an agent at work', () => {
     expect((await ended(cancelled)).status).toBe('cancelled');
     expect((await ended(late)).status).toBe('timeout');
     await saying(`lost run ${lost}`);
+  });
+
+  test('sends what a command prints while it runs, and all of it has arrived when it has ended', async () => {
+    const skill = unique('stream');
+    const gate = join(folder, unique('gate'));
+    start({ [skill]: `printf 'first €'; until [ -e ${gate} ]; do sleep 0.1; done; printf ' last'` });
+    const id = await runNow(skill);
+    const output = async () => (await server.admin('GET', `/executions/${id}/output`)).body;
+    expect(await until(output, ({ text }) => text !== '')).toMatchObject({ text: 'first €', complete: false });
+    await writeFile(gate, '');
+    expect(await ended(id)).toMatchObject({ status: 'success', output_text: 'first € last', output_truncated: false });
+    expect(await output()).toMatchObject({ text: 'first € last', complete: true });
+  });
+
+  test('says by the exit codes for bad input and bad configuration that there is no use in another try', async () => {
+    const [data, config, later] = [unique('data'), unique('config'), unique('later')];
+    start({ [data]: 'exit 65', [config]: 'exit 78', [later]: 'exit 75' }, { concurrency: 3 });
+    const retry = { max_attempts: 2, retry_backoff_seconds: 3_600 };
+    const ids = [await runNow(data, retry), await runNow(config, retry), await runNow(later, retry)];
+    const runs = await Promise.all(ids.map(ended));
+    expect(runs.map((run) => run.error_text)).toEqual(['exit code 65', 'exit code 78', 'exit code 75']);
+    const counts = runs.map(
+      async ({ task_id }) => (await server.admin('GET', `/executions?task_id=${task_id}`)).body.executions.length,
+    );
+    expect(await Promise.all(counts)).toEqual([1, 1, 2]);
   });
 
   test('drains: finishes what runs, then stops; told again, stops that too', async () => {
