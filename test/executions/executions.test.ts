@@ -214,7 +214,7 @@ describe('heartbeat', () => {
 
   test('a lease that was lost is refused and nothing changes', async () => {
     const user = await server.newUser();
-    const task = await makeTask(user.call);
+    const task = await makeTask(user.call, { heartbeat_timeout_seconds: 60 });
     const agent = await makeAgent(user.call);
     await user.call('POST', `/tasks/${task.id}/run`);
     const run = await agent.claimOne();
