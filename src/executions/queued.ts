@@ -41,7 +41,12 @@ export function tellQueued(tx: Tx, actor: Actor, queued: readonly Queued[]): voi
   emitEvents(
     tx,
     queued.map(({ task, run }) =>
-      taskStatusUpdate(task, { previousStatus: task.status, executionId: run.id, executionStatus: 'queued' }),
+      taskStatusUpdate(task, {
+        previousStatus: task.status,
+        executionId: run.id,
+        executionStatus: 'queued',
+        scheduledFor: run.scheduledFor,
+      }),
     ),
   );
   for (const detail of new Set(queued.flatMap(({ run }) => (run.available ? [queueDetail(run)] : [])))) {

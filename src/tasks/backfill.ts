@@ -4,6 +4,8 @@ import { tellQueued } from '../executions/queued.ts';
 import type { Actor } from '../http/access.ts';
 import { conflict, invalid } from '../http/problem.ts';
 import { id, instant, time, toTime } from '../http/validation.ts';
+import { emitEvents } from '../realtime/events.ts';
+import { newTick, ticksDecided } from './ledger.ts';
 import { databaseNow, recurrenceOf, spreadOf } from './next-times.ts';
 import { lockTask } from './queries.ts';
 import { runTaskParams } from './schemas.ts';
@@ -95,7 +97,7 @@ const WRITE = {
       case when w.n <= $4::int then now() + t.queue_ttl_seconds * interval '1 second' end
     from wanted w join ticks k on k.scheduled_for = w.tick join tasks t on t.id = $1
     order by w.n
-    returning id, scheduled_for, available_at is not null as available`,
+    returning id, scheduled_for, available_at is not null as available, occurrence_id in (select id from made) as noted`,
 };
 
 /**
@@ -170,7 +172,7 @@ async function queue(
   if (ticks.length === 0) return new Map();
   const { rows: found } = await tx.query<{ open: boolean }>({ ...OPEN, values: [task.id] });
   const atOnce = task.overlapPolicy === 'allow' ? ticks.length : found[0]?.open ? 0 : 1;
-  const { rows } = await tx.query<{ id: number; scheduled_for: Date; available: boolean }>({
+  const { rows } = await tx.query<{ id: number; scheduled_for: Date; available: boolean; noted: boolean }>({
     ...WRITE,
     values: [task.id, ticks, params ? JSON.stringify(params) : null, atOnce],
   });
@@ -183,5 +185,9 @@ async function queue(
       run: { id, userId: task.userId, skillName: task.skillName, trigger: 'backfill', scheduledFor, available },
     })),
   );
+  const noted = runs.flatMap(({ id, scheduled_for, noted }) =>
+    noted ? [{ ...newTick(scheduled_for.getTime(), 'late', { cause: 'backfill' }), execution_id: id }] : [],
+  );
+  if (noted.length > 0) emitEvents(tx, [ticksDecided(task, noted)]);
   return new Map(runs.map((run) => [run.scheduled_for.getTime(), run.id]));
 }

@@ -246,7 +246,7 @@ async function fetchTasks(
 }
 
 /** Lets others run whenever a slice of the work has taken its time. */
-function slices(): () => Promise<void> {
+export function slices(): () => Promise<void> {
   let began = performance.now();
   return async () => {
     if (performance.now() - began < SLICE_MS) return;

@@ -17,6 +17,7 @@ import {
   occurrenceQuery,
   occurrenceView,
 } from './calendar-schemas.ts';
+import { forecastAnswer, forecastQuery, forecastTasks } from './forecast.ts';
 import { databaseNow } from './next-times.ts';
 import { listOccurrences } from './occurrences.ts';
 import { previewAnswer, previewBody, previewQuery, previewSchedule, previewTask } from './preview.ts';
@@ -289,6 +290,27 @@ export function taskRoutes(app: App, { db }: Deps): void {
         throw new Problem('forbidden', 'Only an admin may look at the calendar of others.');
       const { entries, truncated } = await calendar(db, { userId, from, to, projectId, skillName, limit: 5_000 });
       return { from: toTime(from), to: toTime(to), entries: entries.map(calendarView), truncated };
+    },
+  );
+
+  app.get(
+    '/forecast',
+    {
+      config: { access: { rule: 'self', scopes: ['read'] } },
+      schema: {
+        tags: ['calendar'],
+        summary: 'How much your schedules will ask of your agents, and what to shift',
+        description:
+          'The times of the active tasks, each for as long as 95 % of its runs took, give how many runs go at once, minute by minute. A task whose runs may not overlap counts once. The proposals are what one finds who puts the tasks down one by one, those that have the least room to move first, each at the next whole minute where it fits. Shared agents and retries play no part.',
+        querystring: forecastQuery,
+        response: { 200: forecastAnswer },
+      },
+    },
+    async (request) => {
+      const { actor, query } = request;
+      const { user_id: userId = actor.userId } = query;
+      if (!mayAccess(actor, userId)) throw new Problem('forbidden', 'Only an admin may look at the load of others.');
+      return forecastTasks(db, userId, query);
     },
   );
 

@@ -204,6 +204,7 @@ describe('an index serves', () => {
     ['one agent with its metrics', () => `/agents/${agentId}`],
     ['concurrency limits', () => '/concurrency-limits?total=false'],
     ['the calendar', () => `/calendar?from=${inDays(-1)}&to=${inDays(3)}`],
+    ['the forecast', () => `/forecast?to=${inDays(3)}`],
     ['the history of a task', () => `/tasks/${taskId}/history?related=true`],
     ['the memory of a project', () => `/projects/${projectId}/memory`],
     ['the audit log', () => '/audit?total=false'],

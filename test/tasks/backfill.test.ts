@@ -14,12 +14,14 @@ beforeEach(async () => {
 });
 
 const DAY = 86_400_000;
-/** Midnight so many days ago, to before which or from which on schedules of 03:00 are made up for. */
-const midnight = (daysAgo: number) => new Date(Math.floor(Date.now() / DAY) * DAY - daysAgo * DAY).toISOString();
-/** The tick of 03:00, so many days ago. */
-const tick = (daysAgo: number) => midnight(daysAgo).replace('T00:', 'T03:');
-/** Its next tick is a year away, its past ones are the days before: nothing fires by itself. */
-const daily = { schedule_cron: '0 3 * * *', ends_at: midnight(0) };
+const TODAY = Math.floor(Date.now() / DAY) * DAY;
+/** Midnight so many days ago. */
+const midnight = (daysAgo: number) => new Date(TODAY - daysAgo * DAY).toISOString();
+/** An hour that is half a day away: nothing fires by itself. */
+const HOUR = (new Date().getUTCHours() + 12) % 24;
+/** The tick of a day, so many days ago. */
+const tick = (daysAgo: number) => new Date(TODAY - daysAgo * DAY + HOUR * 3_600_000).toISOString();
+const daily = { schedule_cron: `0 ${HOUR} * * *` };
 
 const rows = async <T extends object>(text: string, values: unknown[] = []): Promise<T[]> =>
   (await server.db.query<T & Record<string, unknown>>({ text, values })).rows;
@@ -126,6 +128,19 @@ describe('POST /tasks/{id}/backfill', () => {
       [task.id],
     );
     expect(told.map(({ id }) => Number(id))).toEqual(runs.map((run: { execution_id: number }) => run.execution_id));
+    const noted = await rows<{ data: string }>(
+      `select data from events where task_id = $1 and type = 'task_occurrences'`,
+      [task.id],
+    );
+    expect(noted.map(({ data }) => JSON.parse(data))).toMatchObject([
+      {
+        counts: { late: 3 },
+        occurrences: runs.map((run: object) => ({
+          execution_id: (run as { execution_id: number }).execution_id,
+          cause: 'backfill',
+        })),
+      },
+    ]);
     for (const { execution_id, scheduled_for } of runs) {
       const { entries } = (await user.call('GET', `/audit?entity_type=execution&entity_id=${execution_id}`)).body;
       expect(entries).toMatchObject([
@@ -159,7 +174,7 @@ describe('POST /tasks/{id}/backfill', () => {
   });
 
   test('with overlap_policy allow offers them all at once; a paused task’s too', async () => {
-    const task = await makeTask(user.call, { schedule_cron: '0 3 * * *', overlap_policy: 'allow' });
+    const task = await makeTask(user.call, { ...daily, overlap_policy: 'allow' });
     await user.call('POST', `/tasks/${task.id}/pause`);
     const agent = await makeAgent(user.call);
     await backfill(task.id, { from: midnight(4), to: midnight(0) });
@@ -201,7 +216,7 @@ describe('POST /tasks/{id}/backfill', () => {
 
   test('keeps the scheduler from firing a tick again that was made up for', async () => {
     const task = await makeTask(user.call, {
-      schedule_cron: '0 3 * * *',
+      ...daily,
       misfire_policy: 'fire_all',
       overlap_policy: 'queue_all',
     });
