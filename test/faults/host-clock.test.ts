@@ -33,6 +33,8 @@ describe.skipIf(!haveFaketime())('a clock that is wrong', () => {
       databaseUrl: database.url,
       folder,
       size: 2,
+      // Long enough for an agent that gets little of the machine, and nothing beside the jumps.
+      env: { LEASE_SECONDS: '10' },
       envOf: (place) => (place === 1 ? clock.env : {}),
     });
     const look = openDatabase(database.url);

@@ -44,7 +44,7 @@ export async function askForRuns(
 }
 
 /** How long a storm over so many runs may take on a slow machine that has other things to do. */
-export const stormSeconds = (runs: number) => 120 + runs;
+export const stormSeconds = (runs: number) => 240 + runs;
 
 /**
  * Kills an agent for every three runs that are done, and wakes those that stopped themselves once their lease is lost, until
