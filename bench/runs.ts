@@ -1,5 +1,6 @@
 // npm run bench:runs: how soon and how many runs get done, beside other queues, and what a tick costs among many tasks. Rounds
 // of ours and of what it is compared with take turns; medians. BENCH_SECONDS, BENCH_JOBS and BENCH_TASKS make it smaller.
+import { loadavg } from 'node:os';
 import { createDatabase } from '../src/db/database.ts';
 import { silentBus } from '../src/platform/bus.ts';
 import { createLogger } from '../src/platform/logger.ts';
@@ -141,6 +142,8 @@ async function seedTasks(userId: number, tasks: number): Promise<void> {
   }
 }
 
+// A machine that is busy with something else makes every figure smaller, and ours most, which takes more steps a run.
+console.log(`load at the start: ${loadavg()[0]?.toFixed(1)}`);
 try {
   for (const perSecond of [1, 100, 1_000]) await latency(perSecond);
   await queues();
