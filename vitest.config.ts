@@ -7,8 +7,9 @@ export default defineConfig({
     pool: 'forks',
     // Files mostly wait for processes and timers: a worker a core, where the default leaves one core out.
     maxWorkers: '100%',
-    testTimeout: 60_000,
-    hookTimeout: 120_000,
+    // Bounds what hangs, and nothing else: a busy machine may take its time.
+    testTimeout: 180_000,
+    hookTimeout: 180_000,
     coverage: {
       provider: 'v8',
       include: ['src/**/*.ts'],
