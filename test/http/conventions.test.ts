@@ -321,7 +321,7 @@ test('a body is not needed where none is declared, and an empty one does no harm
     expect((await user.call('POST', `/tasks/${task.id}/resume`, body)).status).toBe(200);
   }
   for (const body of [[], 'null', '"x"', '1']) {
-    expect((await user.call('POST', `/tasks/${task.id}/pause`, body)).status).toBe(400);
+    expect((await user.call('POST', `/tasks/${task.id}/resume`, body)).status).toBe(400);
   }
   // A path that leads nowhere is told as such, whatever is sent there.
   expect((await user.call('POST', '/nothing', { a: 1 })).status).toBe(404);

@@ -248,7 +248,8 @@ const bodyWith = (base: Record<string, unknown>, field: string, raw: string) =>
 const exampleOf = ({ body }: Operation) =>
   (body?.example ?? Object.values(body?.examples ?? {})[0]?.value ?? {}) as Record<string, unknown>;
 
-describe('poison', () => {
+// As many calls as there are fields, values and parameters take minutes on a busy machine.
+describe('poison', { timeout: 300_000 }, () => {
   test('in each field of each body', async () => {
     for (const operation of api.operations.filter(({ body }) => body).filter(tame)) {
       const base = exampleOf(operation);
@@ -346,7 +347,7 @@ describe('poison', () => {
   });
 });
 
-describe('fuzz', () => {
+describe('fuzz', { timeout: 300_000 }, () => {
   const poison = fc.oneof(
     fc.constantFrom(...TEXTS),
     fc.string({ unit: 'binary', maxLength: 40 }),
