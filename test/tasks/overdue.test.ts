@@ -63,6 +63,13 @@ describe('a task that does not succeed in time', () => {
     expect(await eventsOf(task.id)).toHaveLength(1);
   });
 
+  test('is overdue so long after it was made, without anybody doing anything', async () => {
+    const task = await makeTask(user.call, { expect_success_within_seconds: 1 });
+    const { overdue_since } = await overdue(task.id);
+    // One of the two is rounded, the other cut, to whole milliseconds.
+    expect([999, 1_000]).toContain(Date.parse(overdue_since) - Date.parse(task.created_at));
+  });
+
   test('before its time is not overdue, nor while it is paused', async () => {
     const later = await makeTask(user.call);
     const paused = await makeTask(user.call, { schedule_cron: '0 0 1 1 *' });
