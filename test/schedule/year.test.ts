@@ -114,7 +114,7 @@ function newPlan(id: number): Plan {
     createdAt,
     offset: chance(0.3) ? spreadOffsetMs(`task:${id}`, oneOf(10, 300, 3_600)) : 0,
     policy: oneOf<MisfirePolicy>('skip', 'fire_last', 'fire_all'),
-    maxLatenessMs: chance(0.5) ? null : oneOf(0, SECOND, 30 * SECOND, 10 * MINUTE, 2 * HOUR),
+    maxLatenessMs: chance(0.5) ? null : oneOf(0, SECOND, 30 * SECOND, 10 * MINUTE, 15 * MINUTE),
     maxTicks: chance(0.15) ? 1 + upTo(150) : undefined,
   };
   if (kind < 0.15) {
