@@ -1,8 +1,11 @@
 import { setMaxListeners } from 'node:events';
 import type { FastifyInstance } from 'fastify';
 
-/** How long a load balancer gets to see "not ready" before requests are no longer taken. */
-const NOTICE_MS = 300;
+/**
+ * How long a load balancer gets to see "not ready", and clients to hear `Connection: close`, before idle connections are
+ * closed: a request that is on its way on one of them then would be lost, so this is longer than a busy machine stalls.
+ */
+const NOTICE_MS = 1_000;
 
 /** A server on its way out. */
 export interface Drain {
