@@ -107,7 +107,7 @@ async function ticks(tasks: number): Promise<void> {
   const rates: [number[], number[]] = [[], []];
   for (let round = -1; round < ROUNDS; round++) {
     for (const side of [0, 1] as const) {
-      await db.pool.query('truncate executions, occurrences, event_outbox, audit_pending');
+      await db.pool.query('truncate executions, occurrences, event_outbox, audit_pending cascade');
       // Spread over the table, as tasks that were made at different times are.
       await db.pool.query(`update tasks set next_run_at = now() - interval '1 second' where id % $1 = 0`, [
         Math.floor(tasks / DUE),
