@@ -6,6 +6,7 @@ import type { Occurrence } from '../schedule/occurrences.ts';
 import { type Recurrence, recurrence } from '../schedule/recurrence.ts';
 import { recurrenceOf, type Schedule, spreadOf } from './next-times.ts';
 import { cron, DST_FOLD, DST_GAP, timezone } from './schemas.ts';
+import type { Task } from './task-events.ts';
 
 const MAX_COUNT = 100;
 const DEFAULT_COUNT = 10;
@@ -49,9 +50,20 @@ export const previewAnswer = z.object({ runs: z.array(run) }).meta({ id: 'Previe
 
 type Run = z.input<typeof run>;
 
-/** The next `count` times of a task after `after`, by its schedule alone; none for one that runs on demand. */
-export async function previewTask(task: Schedule, after: Date, count: number): Promise<Run[]> {
+/**
+ * The next `count` times of a task: after `from`, by its schedule alone; where that is not given, from the tick on that it
+ * runs next, or after `now`. None for one that runs on demand.
+ */
+export async function previewTask(
+  task: Schedule & Pick<Task, 'nextRunAt'>,
+  from: Date | undefined,
+  now: Date,
+  count: number,
+): Promise<Run[]> {
   const ticks = recurrenceOf(task);
+  // A task that is new or was changed does not owe the tick whose time was before that, though its spread lies after it.
+  const armed = task.nextRunAt && new Date(task.nextRunAt.getTime() - 1);
+  const after = from ?? (ticks && armed ? armed : now);
   if (ticks) return next(ticks, after, count, spreadOf(task));
   return task.runAt && task.runAt > after ? [runAt({ scheduledFor: task.runAt.getTime() }, 0)] : [];
 }

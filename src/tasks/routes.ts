@@ -330,7 +330,7 @@ export function taskRoutes(app: App, { db }: Deps): void {
     async (request) => {
       const { from, count } = request.query;
       const task = await getTask(db, request.actor, request.params.id);
-      return { runs: await previewTask(task, from ?? (await databaseNow(db)), count) };
+      return { runs: await previewTask(task, from, await databaseNow(db), count) };
     },
   );
 

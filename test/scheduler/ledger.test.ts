@@ -327,6 +327,7 @@ describe('spread', () => {
     expect(new Set(offsets).size).toBeGreaterThan(15);
     const [task] = made;
     const { runs } = (await user.call('GET', `/tasks/${task.id}/preview?count=2`)).body;
+    expect(runs[0].effective_at).toBe(task.next_run_at);
     for (const { scheduled_for, effective_at } of runs) {
       expect(Date.parse(scheduled_for) % 3_600_000).toBe(0);
       expect(Date.parse(effective_at) - Date.parse(scheduled_for)).toBe(offsets[0]);
