@@ -111,8 +111,9 @@ const WRITE = {
     ), moved as (
       update tasks t set next_run_at = n.next_run_at, status = n.status,
         quiet_at = case when n.next_run_at is null then null else t.quiet_at end,
-        fired_count = t.fired_count + (select count(*) from runs r where r.task_id = t.id)::int
+        fired_count = t.fired_count + coalesce(f.fired, 0)
       from jsonb_to_recordset($2) as n(task_id bigint, next_run_at timestamptz, status text)
+      left join (select task_id, count(*)::int as fired from runs group by task_id) f on f.task_id = n.task_id
       where t.id = n.task_id
     )
     select id, task_id, scheduled_for, available_at is not null as available from runs order by id`,
