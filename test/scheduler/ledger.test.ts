@@ -206,6 +206,17 @@ describe('a pause', () => {
     await user.call('DELETE', `/tasks/${task.id}`);
   });
 
+  test('is answered for by the schedule that it had when that is changed meanwhile', async () => {
+    const task = await makeTask(user.call, MINUTELY);
+    await user.call('POST', `/tasks/${task.id}/pause`);
+    await server.db.query({
+      text: `update tasks set quiet_at = date_trunc('minute', now()) - interval '3 minutes' where id = $1`,
+      values: [task.id],
+    });
+    expect((await user.call('PUT', `/tasks/${task.id}`, { schedule_cron: '0 0 1 1 *' })).status).toBe(200);
+    expect(count(await ledger(task.id), 'paused')).toBeGreaterThanOrEqual(3);
+  });
+
   test('gets a new end, and refuses one that has passed', async () => {
     const task = await makeTask(user.call, MINUTELY);
     const at = (ms: number) => new Date(Date.now() + ms).toISOString();
@@ -339,6 +350,13 @@ describe('spread', () => {
     );
     for (const { scheduled_for } of ticks) expect(Date.parse(scheduled_for) % 3_600_000).toBe(0);
     expect((Date.parse((await get(task.id)).next_run_at) - (offsets[0] ?? 0)) % 3_600_000).toBe(0);
+  });
+
+  test('a new task owes no tick from before it was made, though its place in the spread lies after', async () => {
+    const task = await makeTask(user.call, { ...MINUTELY, spread_seconds: 86_400 });
+    const { runs } = (await user.call('GET', `/tasks/${task.id}/preview?count=1`)).body;
+    expect(runs[0].effective_at).toBe(task.next_run_at);
+    expect(Date.parse(runs[0].scheduled_for)).toBeGreaterThan(Date.parse(task.created_at));
   });
 
   test('another spread moves the next tick and makes it no other', async () => {
